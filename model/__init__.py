@@ -1,0 +1,1 @@
+"""GPT-2, its attention registry, heads and generation."""

@@ -1,0 +1,41 @@
+"""Package metadata: what is installed, for which versions. Tool configuration stands in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="gpt2-triton",
+    # Stays below Hugging Face's own `kernels` package, whose import name we share: see tests/test_packaging.py.
+    version="0.1.0",
+    description="GPT-2 on hand-written Triton kernels, with the references to judge them by",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["kernels*", "model*", "tokenizer*", "bench*"]),
+    package_data={"tokenizer": ["vocab.bpe", "LICENSE*"], "kernels": ["**/*.md"]},
+    install_requires=[
+        "torch>=2.11,<2.16",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.27",
+        "regex>=2023.12.25",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.8",
+            "hypothesis>=6.100",
+            "transformers>=4.56",
+            "tiktoken>=0.7",
+            "tokenizers>=0.20",
+            "liger-kernel>=0.6",
+        ],
+        "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
+    },
+)
