@@ -1,0 +1,233 @@
+"""The registry of attention backends, and the one contract that they all keep.
+
+The contract
+- Tensors are [B, H, T, D] views with any strides whose last is 1; nobody copies them. The output's memory order is
+  [B, T, H, D], so that merging heads is a view. A backend with a `projection` form reads q, k and v in place from the
+  fused projection [B, T, 3C] and gives its gradient as one tensor of that shape.
+- `scale` multiplies the scores; its default is 1 / sqrt(D).
+- Causal masks are aligned bottom-right: query i sees key j if j <= q_start[b] + i, where `q_start` [B] int32 is
+  T_k - T_q unless given (rows of a cache may have different lengths).
+- Padding is a pair of bounds per row, `kv_start` and `kv_end` [B] int32: the valid keys are [start, end). Causality and
+  padding are independent. A query that sees no key gives 0, never NaN.
+- `dropout_p` acts on the probabilities.
+- Scores accumulate in fp32 and the softmax is fp32. `eager` stores its scores in the input's dtype, as eager attention
+  commonly does, unless `upcast=True` (GPT-2's reorder_and_upcast_attn); fused backends never store them.
+- A backend declares what it can do. Asking for more raises an error that names the request and who could serve it.
+  Nothing falls back silently. "auto" is the one choice made for you: triton on a GPU that it supports, else sdpa.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels import reference
+
+_ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """A name, a function that keeps the contract, and what it can do.
+
+    forward(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights)
+        -> (o [B, H, T_q, D], weights [B, H, T_q, T_k] or None)
+    projection(qkv, num_heads, *, scale, kv_start, kv_end, dropout_p) -> [B, T, C]
+        optional: causal self-attention that reads the fused projection; its scores are fp32 throughout.
+    """
+
+    name: str
+    forward: Callable
+    projection: Callable | None = None
+    devices: tuple[str, ...] | None = None  # None: any
+    dtypes: tuple[torch.dtype, ...] = _ALL_DTYPES
+    max_head_dim: int | None = None
+    padding: bool = True
+    dropout: bool = True
+    unequal_lengths: bool = True
+    weights: bool = False
+
+    def refusal(
+        self, *, device, dtype, head_dim, padding=False, dropout=False, unequal_lengths=False, weights=False
+    ) -> str | None:
+        """Why this backend cannot serve the request, in words, or None if it can."""
+        if self.devices is not None and torch.device(device).type not in self.devices:
+            return f"device {torch.device(device).type} (it runs on {', '.join(self.devices)})"
+        if dtype not in self.dtypes:
+            return f"{dtype} (it computes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)})"
+        if self.max_head_dim is not None and head_dim > self.max_head_dim:
+            return f"head_dim {head_dim} (its largest is {self.max_head_dim})"
+        for wanted, able, what in (
+            (padding, self.padding, "padding"),
+            (dropout, self.dropout, "attention dropout"),
+            (unequal_lengths, self.unequal_lengths, "queries and keys of different lengths"),
+            (weights, self.weights, "attention weights (output_attentions=True)"),
+        ):
+            if wanted and not able:
+                return what
+        return None
+
+    def check(self, **request):
+        """Raises ValueError if this backend cannot serve the request; names those that could."""
+        reason = self.refusal(**request)
+        if reason is None:
+            return
+        others = [name for name, other in _BACKENDS.items() if other.refusal(**request) is None]
+        able = f"backends that could serve it: {', '.join(others)}" if others else "no registered backend can serve it"
+        raise ValueError(f"attention backend {self.name!r} does not support {reason}; {able}")
+
+
+_BACKENDS: dict[str, AttentionBackend] = {}
+
+
+def register_attention(name, *, replace=False, **capabilities):
+    """Decorator: enters a function into the registry under `name`.
+
+    capabilities: the fields of AttentionBackend after `forward`. Raises ValueError if the name is taken and replace is
+    False.
+    """
+
+    def register(forward):
+        if name == "auto":
+            raise ValueError("register_attention: 'auto' is the registry's own choice and cannot be a backend's name")
+        if name in _BACKENDS and not replace:
+            raise ValueError(f"register_attention: {name!r} is already registered; pass replace=True to replace it")
+        _BACKENDS[name] = AttentionBackend(name, forward, **capabilities)
+        return forward
+
+    return register
+
+
+def attention_backends():
+    """The names of the registered backends."""
+    return tuple(_BACKENDS)
+
+
+def check_attention_name(name):
+    """Raises ValueError unless `name` is "auto" or a registered backend; returns it."""
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"attn_implementation={name!r} is unknown; choose one of: auto, {', '.join(_BACKENDS)}")
+    return name
+
+
+def get_attention(name="auto", *, device=None, dtype=None, head_dim=None):
+    """The backend called `name`; "auto" chooses for tensors of this device, dtype and head dim."""
+    check_attention_name(name)
+    if name != "auto":
+        return _BACKENDS[name]
+    on_gpu = torch.device(device or "cpu").type == "cuda"
+    if on_gpu and "triton" in _BACKENDS:
+        triton = _BACKENDS["triton"]
+        if triton.refusal(device=device, dtype=dtype, head_dim=head_dim) is None and _triton_runs_on(device):
+            return triton
+    return _BACKENDS["sdpa"]
+
+
+def _triton_runs_on(device):
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    backend="auto",
+    scale=None,
+    causal=True,
+    kv_start=None,
+    kv_end=None,
+    q_start=None,
+    dropout_p=0.0,
+    upcast=False,
+    return_weights=False,
+):
+    """Attention by the backend called `backend`, under the contract above.
+
+    q [B, H, T_q, D]; k, v [B, H, T_k, D]. Returns (o [B, H, T_q, D], weights [B, H, T_q, T_k] or None).
+    """
+    chosen = get_attention(backend, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
+    chosen.check(
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        padding=kv_start is not None or kv_end is not None,
+        dropout=dropout_p > 0,
+        unequal_lengths=q.shape[-2] != k.shape[-2] or q_start is not None,
+        weights=return_weights,
+    )
+    return chosen.forward(
+        q,
+        k,
+        v,
+        scale=scale,
+        causal=causal,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        q_start=q_start,
+        dropout_p=dropout_p,
+        upcast=upcast,
+        return_weights=return_weights,
+    )
+
+
+def split_heads(qkv, num_heads):
+    """The fused projection [B, T, 3C] as q, k, v [B, H, T, D]: views, no copy."""
+    B, T, three_C = qkv.shape
+    parts = qkv.view(B, T, 3, num_heads, three_C // (3 * num_heads))
+    return tuple(part.transpose(1, 2) for part in parts.unbind(2))  # each [B, H, T, D]
+
+
+def self_attention(
+    qkv, num_heads, *, backend="auto", scale=None, kv_start=None, kv_end=None, dropout_p=0.0, upcast=False
+):
+    """Causal self-attention straight from the fused projection [B, T, 3C]; returns the merged heads [B, T, C]."""
+    B, T, three_C = qkv.shape
+    head_dim = three_C // (3 * num_heads)
+    chosen = get_attention(backend, device=qkv.device, dtype=qkv.dtype, head_dim=head_dim)
+    if chosen.projection is not None:
+        chosen.check(
+            device=qkv.device,
+            dtype=qkv.dtype,
+            head_dim=head_dim,
+            padding=kv_start is not None or kv_end is not None,
+            dropout=dropout_p > 0,
+        )
+        return chosen.projection(qkv, num_heads, scale=scale, kv_start=kv_start, kv_end=kv_end, dropout_p=dropout_p)
+    q, k, v = split_heads(qkv, num_heads)
+    o, _ = attention(
+        q,
+        k,
+        v,
+        backend=chosen.name,
+        scale=scale,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        dropout_p=dropout_p,
+        upcast=upcast,
+    )
+    return o.transpose(1, 2).reshape(B, T, three_C // 3)
+
+
+@register_attention("eager", weights=True)
+def _eager(q, k, v, *, return_weights, **options):
+    o, p = reference.attention(q, k, v, **options)
+    o = o.transpose(1, 2).contiguous().transpose(1, 2)  # memory order [B, T, H, D]
+    return o, p if return_weights else None
+
+
+@register_attention("sdpa")
+def _sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights):
+    """torch.nn.functional.scaled_dot_product_attention. Padding costs it a boolean [B, 1, T_q, T_k] mask."""
+    T_q, T_k = q.shape[-2], k.shape[-2]
+    padded = kv_start is not None or kv_end is not None or q_start is not None
+    if not padded and (not causal or T_q == 1 or T_q == T_k):
+        # torch aligns is_causal top-left, which agrees with the contract only where the lengths are equal.
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal and T_q == T_k, scale=scale)
+        return o, None
+    visible = reference.visible_keys(
+        T_q, T_k, causal=causal, kv_start=kv_start, kv_end=kv_end, q_start=q_start, device=q.device
+    )
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
+    return o.masked_fill(~visible.any(-1, keepdim=True), 0.0), None
