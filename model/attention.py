@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels import reference
+from kernels import flash_attention, flash_attention_packed, reference
+from kernels.attention import MAX_HEAD_DIM
 
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -231,3 +232,14 @@ def _sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcas
     )
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
     return o.masked_fill(~visible.any(-1, keepdim=True), 0.0), None
+
+
+@register_attention(
+    "triton",
+    projection=flash_attention_packed,
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
+    max_head_dim=MAX_HEAD_DIM,
+)
+def _triton(q, k, v, *, upcast, return_weights, **options):
+    """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""
+    return flash_attention(q, k, v, **options), None

@@ -1,0 +1,234 @@
+"""flash_attention and flash_attention_packed: validation, torch.library ops, autograd.
+
+Four ops are registered under torch.ops.gpt2: attention_forward and attention_backward for separate q, k, v, and
+packed_attention_forward and packed_attention_backward, which read the fused projection [B, T, 3C] in place and write
+its gradient as one tensor of that shape. All of them launch the same kernels.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from kernels.attention.backward import _launch_attention_backward
+from kernels.attention.forward import _launch_attention_forward
+from kernels.checks import check_device, check_dtype, check_last_stride, check_row_vector, check_same
+from kernels.library import LN2, define_op
+
+MAX_HEAD_DIM = 256
+_OPTIONS = "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p"
+
+
+def _heads(packed, num_heads):
+    """[B, T, 3C] as three views [B, H, T, D]."""
+    B, T, three_C = packed.shape
+    parts = packed.view(B, T, 3, num_heads, three_C // (3 * num_heads))
+    return [part.transpose(1, 2) for part in parts.unbind(2)]
+
+
+def _merge(o):
+    """[B, H, T, D] in memory order [B, T, H, D] as [B, T, C], a view."""
+    B, H, T, D = o.shape
+    return o.transpose(1, 2).view(B, T, H * D)
+
+
+def _forward(q, k, v, *options):
+    check_device("flash_attention", q, "q")
+    return _launch_attention_forward(q, k, v, *options)
+
+
+def _forward_fake(q, k, v, *options):
+    B, H, T_q, D = q.shape
+    return q.new_empty(B, T_q, H, D).transpose(1, 2), q.new_empty(B, H, T_q, dtype=torch.float32)
+
+
+def _backward(do, q, k, v, o, lse, *options):
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, *options)
+    return dq, dk, dv
+
+
+def _backward_fake(do, q, k, v, o, lse, *options):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _packed_forward(qkv, num_heads, *options):
+    check_device("flash_attention_packed", qkv, "qkv")
+    o, lse = _launch_attention_forward(*_heads(qkv, num_heads), *options)
+    return _merge(o), lse
+
+
+def _packed_forward_fake(qkv, num_heads, *options):
+    B, T, three_C = qkv.shape
+    return qkv.new_empty(B, T, three_C // 3), qkv.new_empty(B, num_heads, T, dtype=torch.float32)
+
+
+def _packed_backward(do, qkv, o, lse, num_heads, *options):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    do, o = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (do, o))
+    _launch_attention_backward(do, *_heads(qkv, num_heads), o, lse, *_heads(dqkv, num_heads), *options)
+    return dqkv
+
+
+def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
+    return qkv.new_empty(qkv.shape)
+
+
+attention_forward = define_op(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _forward_fake
+)
+attention_backward = define_op(
+    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+packed_attention_forward = define_op(
+    f"packed_attention_forward(Tensor qkv, int num_heads, {_OPTIONS}) -> (Tensor, Tensor)",
+    _packed_forward,
+    _packed_forward_fake,
+)
+packed_attention_backward = define_op(
+    f"packed_attention_backward(Tensor do, Tensor qkv, Tensor o, Tensor lse, int num_heads, {_OPTIONS}) -> Tensor",
+    _packed_backward,
+    _packed_backward_fake,
+)
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *options):
+        o, lse = attention_forward(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, o, lse, *options[:4])
+        ctx.numbers = options[4:]
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, *bounds = ctx.saved_tensors
+        grads = attention_backward(_unit_stride(do), q, k, v, o, lse, *bounds, *ctx.numbers)
+        return *grads, *[None] * 7
+
+
+class _FlashAttentionPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, num_heads, *options):
+        o, lse = packed_attention_forward(qkv, num_heads, *options)
+        ctx.save_for_backward(qkv, o, lse, *options[:4])
+        ctx.numbers = options[4:]
+        ctx.num_heads = num_heads
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        qkv, o, lse, *bounds = ctx.saved_tensors
+        dqkv = packed_attention_backward(_unit_stride(do), qkv, o, lse, ctx.num_heads, *bounds, *ctx.numbers)
+        return dqkv, *[None] * 8
+
+
+def _unit_stride(do):
+    """Autograd may hand over any strides (an expanded scalar after .sum()); the kernels read rows of unit stride."""
+    return do if do.stride(-1) == 1 else do.contiguous()
+
+
+def _resolve(function, tensor, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start):
+    """Checks what both public functions share and fills defaults: the options of the ops, in their order."""
+    check_dtype(function, tensor, "the input")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"{function}: head_dim is {D}; it must be from 1 to {MAX_HEAD_DIM}")
+    scale = D**-0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"{function}: scale is {scale}; it must be positive")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{function}: dropout_p is {dropout_p}; it must be in [0, 1)")
+    for bound, name in ((kv_start, "kv_start"), (kv_end, "kv_end"), (q_start, "q_start")):
+        check_row_vector(function, bound, name, B, tensor.device)
+    if dropout_p == 0.0:
+        seed = None
+    elif dropout_seed is None:
+        seed = torch.randint(2**31, (1,), dtype=torch.int64, device=tensor.device)
+    else:
+        seed = dropout_seed
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != tensor.device:
+            raise ValueError(
+                f"{function}: dropout_seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; "
+                f"it must be torch.int64 (1,) on {tensor.device}"
+            )
+    return kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p)
+
+
+def flash_attention(
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    scale=None,
+    kv_start=None,
+    kv_end=None,
+    q_start=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    return_lse=False,
+):
+    """softmax(scale q k^T + mask) v by the Triton kernels, differentiable once. FlashAttention-2 (Dao, 2023).
+
+    q: [B, H, T_q, D]; k, v: [B, H, T_k, D]. fp16, bf16 or fp32, all the same; D from 1 to 256; any strides whose last
+        is 1: they are read in place. On a GPU, or on the CPU in Triton's interpreter or the simulator.
+    causal: query i sees key j if j <= q_start[b] + i, where q_start is T_k - T_q unless given (bottom-right alignment).
+    scale: multiplies the scores; 1 / sqrt(D) unless given; positive.
+    kv_start, kv_end: int32 [B], the valid keys [start, end) of each row, cut to [0, T_k); no other key is ever read.
+    q_start: int32 [B], the position among the keys at which each row's first query stands.
+    dropout_p: probability that dropout zeroes a weight, in [0, 1), rounded to a multiple of 1 / 65536.
+    dropout_seed: int64 [1] on the inputs' device; drawn from torch's generator there unless given.
+
+    Returns o [B, H, T_q, D] in the inputs' dtype, in memory order [B, T_q, H, D]; with return_lse also the log-sum-exp
+    of each query's scaled scores, [B, H, T_q] fp32, not differentiable. A query that sees no key gives 0, and
+    lse = -inf. Scores and softmax are fp32; fp32 inputs are multiplied in fp32, never TF32.
+    Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
+    """
+    function = "flash_attention"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"{function}: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "they must be [B, H, T, D]"
+        )
+    for tensor, name in ((k, "k"), (v, "v")):
+        check_same(function, q, "q", tensor, name)
+        for axis, what in ((0, "batch size"), (1, "heads"), (3, "head_dim")):
+            if tensor.shape[axis] != q.shape[axis]:
+                raise ValueError(
+                    f"{function}: {name} has {what} {tensor.shape[axis]}, q has {q.shape[axis]}; they must match"
+                )
+    if k.shape[2] != v.shape[2] or k.shape[2] == 0:
+        raise ValueError(
+            f"{function}: k has {k.shape[2]} keys, v has {v.shape[2]}; they must match and there must be at least one"
+        )
+    for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
+        check_last_stride(function, tensor, name)
+    B, _, _, D = q.shape
+    options = _resolve(function, q, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start)
+    o, lse = _FlashAttention.apply(q, k, v, *options)
+    return (o, lse * LN2) if return_lse else o
+
+
+def flash_attention_packed(
+    qkv, num_heads, *, causal=True, scale=None, kv_start=None, kv_end=None, dropout_p=0.0, dropout_seed=None
+):
+    """Self-attention straight from the fused projection: qkv [B, T, 3C] to [B, T, C], with nothing copied on the way.
+
+    qkv holds q, k and v side by side, each as num_heads heads of D = C / num_heads. Its gradient is one [B, T, 3C]
+    tensor that the kernels write in place. The other arguments, the numerics and the errors are flash_attention's.
+    """
+    function = "flash_attention_packed"
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
+        raise ValueError(
+            f"{function}: qkv has shape {tuple(qkv.shape)} for {num_heads} heads; "
+            "it must be [B, T, 3 * heads * head_dim]"
+        )
+    check_last_stride(function, qkv, "qkv")
+    B, _, three_C = qkv.shape
+    D = three_C // (3 * num_heads)
+    options = _resolve(function, qkv, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, None)
+    return _FlashAttentionPacked.apply(qkv, num_heads, *options)

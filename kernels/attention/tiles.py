@@ -1,0 +1,92 @@
+"""What the attention kernels share: where a program works, how a tile is loaded, which keys a query sees.
+
+Keys are counted from the row's first valid one: key n stands at position kv_start + n of the tensor. A padded row
+therefore goes through the same tiles as the same row without padding, and gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _locate(num_tiles, H, section, LONGEST_FIRST: tl.constexpr):
+    """This program's tile, batch row and head, in a one-dimensional grid of B * H * num_tiles programs.
+
+    `section` heads go together, so that their keys and values stay in L2; inside a section every head's longest tile
+    comes before any shorter one, so that the programs that finish last are short.
+    """
+    pid = tl.program_id(0)
+    heads = tl.num_programs(0) // num_tiles  # B * H
+    first = pid // (section * num_tiles) * section
+    here = tl.minimum(section, heads - first)
+    pid -= first * num_tiles
+    tile = pid // here
+    if LONGEST_FIRST:
+        tile = num_tiles - 1 - tile
+    head = first + pid % here
+    return tile, (head // H).to(tl.int64), (head % H).to(tl.int64)
+
+
+@triton.jit
+def _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k):
+    """Of batch row b: kv_start, the number of valid keys, and the diagonal: query i sees key n if n <= diagonal + i."""
+    kv_start = 0
+    kv_end = T_k
+    q_start = T_k - T_q
+    if kv_start_ptr is not None:
+        kv_start = tl.minimum(tl.maximum(tl.load(kv_start_ptr + b), 0), T_k)
+    if kv_end_ptr is not None:
+        kv_end = tl.minimum(tl.load(kv_end_ptr + b), T_k)
+    if q_start_ptr is not None:
+        q_start = tl.load(q_start_ptr + b)
+    return kv_start, kv_end - kv_start, q_start - kv_start
+
+
+@triton.jit
+def _load_rows(ptr, offs, stride, lo, hi, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `offs` of one head, [len(offs), BLOCK_D]; zero beyond HEAD_DIM and, if MASKED, outside [lo, hi)."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    inside = (offs >= lo) & (offs < hi)
+    if MASKED and HEAD_DIM != BLOCK_D:
+        rows = tl.load(ptrs, mask=inside[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    elif MASKED:
+        rows = tl.load(ptrs, mask=inside[:, None], other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        rows = tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        rows = tl.load(ptrs)
+    return rows
+
+
+@triton.jit
+def _store_rows(ptr, rows, offs, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores [len(offs), BLOCK_D] at rows `offs` of one head where `inside`, without the padding of the head dim."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    tl.store(ptrs, rows.to(ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _visible(offs_m, offs_n, num_keys, diagonal, IS_CAUSAL: tl.constexpr):
+    """Which keys offs_n the queries offs_m see, by broadcasting the two: causality and padding are independent."""
+    visible = offs_n < num_keys
+    if IS_CAUSAL:
+        visible = visible & (offs_n <= diagonal + offs_m)
+    return visible
+
+
+@triton.jit
+def _keep(seed, head, offs_m, n, drop_below, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout's choice for queries offs_m and keys n .. n + BLOCK_N: [BLOCK_M, BLOCK_N] bool, True with 1 - p.
+
+    Philox at the counter (query, key // 8, head): each of its four words decides for two keys with 16 bits each, so
+    that the choice depends on nothing but the seed and the place. n is a multiple of 8; p is drop_below / 65536.
+    """
+    query = tl.broadcast_to(offs_m[:, None], [BLOCK_M, BLOCK_N // 8]).to(tl.uint32)
+    octet = tl.broadcast_to((n // 8 + tl.arange(0, BLOCK_N // 8))[None, :], [BLOCK_M, BLOCK_N // 8]).to(tl.uint32)
+    zero = tl.zeros_like(query)
+    a, b, c, d = tl.philox(seed, query, octet, zero + head.to(tl.uint32), zero)
+    words = tl.join(tl.join(a, b), tl.join(c, d))  # [BLOCK_M, BLOCK_N / 8, 2, 2]
+    halves = tl.join(words & 0xFFFF, words >> 16)  # [BLOCK_M, BLOCK_N / 8, 2, 2, 2]
+    return tl.reshape(halves, [BLOCK_M, BLOCK_N]) >= drop_below

@@ -1,0 +1,68 @@
+"""Validation of arguments. Each failed check says which function, what came and what is required."""
+
+import torch
+from triton.runtime import driver
+
+from kernels.library import INTERPRETED
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _words(dtypes):
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_device(function, tensor, name):
+    """The kernel's driver must own the tensor's device: a GPU, or the CPU inside the interpreter or the simulator."""
+    if INTERPRETED:
+        if tensor.dtype == torch.bfloat16:
+            raise ValueError(
+                f"{function}: {name} is bfloat16, which Triton's interpreter multiplies wrongly; "
+                "use float16 or float32, or run without TRITON_INTERPRET"
+            )
+        return
+    try:
+        device = driver.active.get_active_torch_device()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{function}: {name} is on {tensor.device}, and Triton finds no GPU here; the kernel needs one, or "
+            "TRITON_INTERPRET=1 in the environment before kernels are imported"
+        ) from error
+    if device.type != tensor.device.type:
+        raise ValueError(
+            f"{function}: {name} is on {tensor.device}, and Triton's active driver runs on {device.type}; "
+            f"move the tensors to {device.type}"
+        )
+
+
+def check_dtype(function, tensor, name, allowed=FLOATS):
+    if tensor.dtype not in allowed:
+        raise TypeError(
+            f"{function}: {name} is {str(tensor.dtype).removeprefix('torch.')}; it must be {_words(allowed)}"
+        )
+
+
+def check_same(function, first, first_name, second, second_name):
+    """Two tensors must share dtype and device."""
+    for what in ("dtype", "device"):
+        ours, theirs = getattr(first, what), getattr(second, what)
+        if ours != theirs:
+            raise ValueError(f"{function}: {second_name} has {what} {theirs}, {first_name} has {ours}; they must match")
+
+
+def check_last_stride(function, tensor, name):
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{function}: {name} has strides {tuple(tensor.stride())}; the last must be 1 (the kernel copies nothing)"
+        )
+
+
+def check_row_vector(function, tensor, name, B, device):
+    """A bound per batch row: int32 [B] on the same device, or None."""
+    if tensor is None:
+        return
+    if tensor.shape != (B,) or tensor.dtype != torch.int32 or tensor.device != device:
+        raise ValueError(
+            f"{function}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
+            f"it must be torch.int32 ({B},) on {device}"
+        )

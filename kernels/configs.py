@@ -1,0 +1,82 @@
+"""Tile shapes, warps and pipeline stages per chip, head dim and direction: a table, no search at run time.
+
+Every row runs on its chips: it fits their shared memory and spills no register, which the compile lane asserts at the
+pinned Triton. Rows were chosen from compiled code (registers, spills, resident blocks), not from times: none of them
+was measured on hardware yet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.library import active_arch
+
+# What a section of heads may occupy of L2; the smallest supported chip's L2 with room to spare for queries and outputs.
+L2_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """BLOCK_M queries by BLOCK_N keys a tile, computed by num_warps warps with num_stages tiles in flight."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+C = AttentionConfig
+# {family: {(direction, bytes per element): {largest padded head dim: config}}}
+_ATTENTION = {
+    # 163 KB of shared memory and mma.sync (A100); 64 x 64 keeps four blocks resident.
+    "sm_80": {
+        ("forward", 2): {64: C(128, 64, 4, 3), 128: C(128, 64, 8, 3), 256: C(64, 32, 4, 2)},
+        ("dq", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 2)},
+        ("dkdv", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 2)},
+    },
+    # 99 KB of shared memory (RTX 30, 40, 50, L4, A10).
+    "sm_86": {
+        ("forward", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 4, 2)},
+        ("dq", 2): {64: C(64, 64, 4, 2), 128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)},
+        ("dkdv", 2): {64: C(64, 64, 4, 2), 128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)},
+    },
+    # 227 KB of shared memory and WGMMA, which wants 64 rows per group of four warps (H100, H200, B200).
+    "sm_90": {
+        ("forward", 2): {64: C(128, 64, 4, 3), 128: C(128, 64, 8, 3), 256: C(64, 64, 4, 2)},
+        ("dq", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 4, 2), 256: C(64, 32, 4, 2)},
+        ("dkdv", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 4, 2), 256: C(64, 32, 4, 2)},
+    },
+    # 64 KB of LDS, wavefronts of 64 (MI300).
+    "gfx942": {
+        ("forward", 2): {64: C(128, 64, 4, 1), 128: C(128, 64, 4, 1), 256: C(64, 32, 4, 1)},
+        ("dq", 2): {64: C(64, 64, 4, 1), 128: C(64, 32, 4, 1), 256: C(32, 32, 4, 1)},
+        ("dkdv", 2): {64: C(64, 64, 4, 1), 128: C(64, 32, 4, 1), 256: C(32, 32, 4, 1)},
+    },
+}
+# fp32 is multiplied by FMA, operands in registers: small tiles.
+_ATTENTION_FP32 = {
+    ("forward", 4): {64: C(64, 32, 4, 2), 128: C(32, 32, 4, 2), 256: C(16, 32, 4, 1)},
+    ("dq", 4): {64: C(32, 32, 4, 2), 128: C(32, 16, 4, 1), 256: C(16, 16, 4, 1)},
+    ("dkdv", 4): {64: C(32, 32, 4, 2), 128: C(16, 32, 4, 1), 256: C(16, 16, 4, 1)},
+}
+
+
+def family(arch):
+    """The row of the table that serves an architecture: a compute capability, "gfx...", or None when interpreted."""
+    if isinstance(arch, str):
+        return "gfx942"
+    if arch is None or arch in (86, 87, 89) or arch >= 120:
+        return "sm_86"
+    return "sm_80" if arch < 90 else "sm_90"
+
+
+def attention_config(direction, dtype, head_dim):
+    """The tile shape for "forward", "dq" or "dkdv" on the chip that kernels are compiled for now."""
+    size = dtype.itemsize
+    table = _ATTENTION_FP32 if dtype == torch.float32 else _ATTENTION[family(active_arch())]
+    return next(config for limit, config in table[direction, size].items() if head_dim <= limit)
+
+
+def heads_in_l2(bytes_per_head, heads):
+    """How many heads' keys and values go into L2 together."""
+    return max(1, min(heads, L2_BYTES // max(bytes_per_head, 1)))
