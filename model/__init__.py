@@ -1,1 +1,7 @@
 """GPT-2, its attention registry, heads and generation."""
+
+from model.attention import attention_backends, register_attention
+from model.config import GPT2Config
+from model.gpt2 import GPT2, GPT2LMHeadModel, GPT2Model
+
+__all__ = ["GPT2", "GPT2Config", "GPT2LMHeadModel", "GPT2Model", "attention_backends", "register_attention"]

@@ -1,0 +1,237 @@
+"""GPT2Config: what a checkpoint's config.json says, under Hugging Face's names.
+
+Source: transformers.GPT2Config (5.x); the five sizes are those of the GPT-2 paper, table 2, and of distilgpt2.
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "torch_dtype": "dtype",
+}
+
+PRESETS = {
+    "distilgpt2": {"n_layer": 6},
+    "gpt2": {},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+}
+
+_POSITIVE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+_PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")
+_SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _accept_aliases(cls):
+    """Lets the constructor take num_labels and the names in ALIASES; each alias is also an attribute."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, num_labels=None, **kwargs):
+        for alias in ALIASES.keys() & kwargs.keys():
+            name = ALIASES[alias]
+            if name in kwargs:
+                raise TypeError(f"GPT2Config: both {name} and its alias {alias} were given; give one")
+            kwargs[name] = kwargs.pop(alias)
+        init(self, *args, **kwargs)
+        if num_labels is not None:
+            self.num_labels = num_labels
+
+    cls.__init__ = __init__
+    for alias, name in ALIASES.items():
+        getter = functools.partial(lambda name, self: getattr(self, name), name)
+        setter = functools.partial(lambda name, self, value: setattr(self, name, value), name)
+        setattr(cls, alias, property(getter, setter, doc=f"Another name of {name}."))
+    return cls
+
+
+def _two_labels():
+    return {0: "LABEL_0", 1: "LABEL_1"}
+
+
+@_accept_aliases
+@dataclass
+class GPT2Config:
+    """The architecture and the defaults of a GPT-2 model. Validated on construction; raises ValueError or TypeError.
+
+    n_inner: width of the MLP, 4 * n_embd if None. `extra` holds the keys of a config.json that are no field here: they
+    are kept and written back. `dtype` is a torch.dtype or its name.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    summary_type: str = "cls_index"
+    summary_use_proj: bool = True
+    summary_activation: str | None = None
+    summary_proj_to_labels: bool = True
+    summary_first_dropout: float = 0.1
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    add_cross_attention: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    dtype: torch.dtype | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+    is_encoder_decoder: bool = False
+    chunk_size_feed_forward: int = 0
+    id2label: dict[int, str] | None = field(default_factory=_two_labels)
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    architectures: list[str] | None = None
+    extra: dict = field(default_factory=dict, repr=False)
+
+    model_type = "gpt2"
+
+    def __post_init__(self):
+        if isinstance(self.dtype, str):
+            self.dtype = getattr(torch, self.dtype.removeprefix("torch."), self.dtype)
+        labels = _two_labels() if self.id2label is None else self.id2label
+        self.id2label = {int(index): label for index, label in labels.items()}  # JSON's keys are strings
+        if self.label2id is None:
+            self.label2id = {label: index for index, label in self.id2label.items()}
+        self.validate()
+
+    @classmethod
+    def preset(cls, name, **overrides):
+        """The config of a published size: distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
+        if name not in PRESETS:
+            raise ValueError(f"GPT2Config.preset: unknown size {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_dim(self):
+        """Width of the MLP's hidden layer."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def num_labels(self):
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, count):
+        if count != len(self.id2label):
+            self.id2label = {i: f"LABEL_{i}" for i in range(count)}
+            self.label2id = {label: i for i, label in self.id2label.items()}
+
+    @classmethod
+    def names(cls):
+        """The fields of a config.json, their aliases among them."""
+        return {f.name for f in fields(cls)} - {"extra"} | ALIASES.keys() | {"num_labels"}
+
+    def validate(self):
+        """Raises ValueError or TypeError, naming the field, where the values describe no GPT-2."""
+        for name in _POSITIVE + (() if self.n_inner is None else ("n_inner",)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"GPT2Config: {name} is {value!r}; it must be a positive integer")
+        for name in _PROBABILITIES:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"GPT2Config: {name} is {value!r}; it must be between 0 and 1")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"GPT2Config: {name} is {value!r}; it must be greater than 0")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPT2Config: n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(
+                f"GPT2Config: dtype is {self.dtype!r}; it must be a floating-point torch.dtype or its name"
+            )
+        if self.summary_type not in _SUMMARY_TYPES:
+            raise ValueError(
+                f"GPT2Config: summary_type is {self.summary_type!r}; choose one of {', '.join(_SUMMARY_TYPES)}"
+            )
+        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
+            raise ValueError(
+                f"GPT2Config: problem_type is {self.problem_type!r}; choose one of {', '.join(_PROBLEM_TYPES)}"
+            )
+        if self.add_cross_attention or self.is_encoder_decoder:
+            raise ValueError(
+                "GPT2Config: add_cross_attention and is_encoder_decoder are not supported; this is the decoder alone"
+            )
+
+    @classmethod
+    def from_dict(cls, values, **overrides):
+        """A config from the keys of a config.json; keys that are no field are kept in `extra`."""
+        values = {**values, **overrides}
+        model_type = values.pop("model_type", "gpt2")
+        if model_type != "gpt2":
+            raise ValueError(f"GPT2Config: model_type is {model_type!r}; it must be 'gpt2'")
+        for key in ("transformers_version", "_name_or_path"):  # they describe who wrote the file, not the model
+            values.pop(key, None)
+        if "n_positions" not in values and "max_position_embeddings" not in values and "n_ctx" in values:
+            values["n_positions"] = values["n_ctx"]
+        for alias, name in ALIASES.items():
+            if alias in values:
+                value = values.pop(alias)
+                values.setdefault(name, value)
+        known = {key: value for key, value in values.items() if key in cls.names()}
+        return cls(**known, extra={key: value for key, value in values.items() if key not in known})
+
+    @classmethod
+    def from_json_file(cls, path, **overrides):
+        """Reads a config.json. Raises ValueError if it is not a JSON object."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"GPT2Config.from_json_file: {path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"GPT2Config.from_json_file: {path} holds {type(values).__name__}; it must be an object")
+        return cls.from_dict(values, **overrides)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw):
+        """Reads the config.json of a directory or of a Hugging Face Hub repository; `kw` overrides its fields."""
+        from model.weights import Source
+
+        source = Source(name_or_path, revision, cache_dir, local_files_only, token)
+        return cls.from_json_file(source.require("config.json"), **kw)
+
+    def to_dict(self):
+        """Every field and every kept key, as config.json holds them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        values["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {**self.extra, **values, "model_type": self.model_type}
+
+    def to_json_string(self):
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, directory):
+        """Writes config.json into the directory, which is created if need be."""
+        from model.weights import replace_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with replace_file(directory / "config.json") as path:
+            path.write_text(self.to_json_string(), encoding="utf-8")

@@ -1,0 +1,41 @@
+"""What forward checks of its arguments, and how it reads them."""
+
+import torch
+
+
+def padding_bounds(attention_mask, B, T):
+    """A mask [B, T] of ones and zeros as bounds: the ones of row b are [kv_start[b], kv_end[b]), int32.
+
+    (None, None) where there is no padding. Raises ValueError for another shape and for a mask with holes.
+    """
+    if attention_mask is None:
+        return None, None
+    if tuple(attention_mask.shape) != (B, T):
+        raise ValueError(f"attention_mask: its shape is {tuple(attention_mask.shape)}; it must be [B, T] = {(B, T)}")
+    valid = attention_mask.bool()
+    if valid.all():
+        return None, None
+    count = valid.sum(-1, dtype=torch.int32)
+    start = valid.int().argmax(-1).int()  # the first 1; 0 where there is none
+    is_one_run = (valid.cumsum(-1, dtype=torch.int32).argmax(-1) + 1 == start + count) | (count == 0)
+    if not is_one_run.all():
+        row = int(is_one_run.logical_not().int().argmax())
+        raise ValueError(f"attention_mask: row {row} has a hole; the ones of each row must be one run")
+    return start, start + count
+
+
+def check_shape(name, tensor, *allowed):
+    if tuple(tensor.shape) not in allowed:
+        raise ValueError(f"GPT2: {name} has shape {tuple(tensor.shape)}; it must be {' or '.join(map(str, allowed))}")
+
+
+def lookup(embedding, ids, name, limit):
+    """embedding(ids). Torch's own check on the CPU costs nothing more, so it is the one that we rely on."""
+    try:
+        return embedding(ids)
+    except IndexError as error:
+        low, high = ids.min().item(), ids.max().item()
+        raise ValueError(
+            f"GPT2: {name} range from {low} to {high}; they must be at least 0 and below {limit} = "
+            f"{embedding.num_embeddings}"
+        ) from error

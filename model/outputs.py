@@ -1,0 +1,49 @@
+"""What the models return: dataclasses that can also be read by key and, as tuples, by position.
+
+As in Hugging Face's ModelOutput, fields that are None do not exist for keys and positions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+
+class ModelOutput(Mapping):
+    """Base of the outputs: `out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, `out.to_tuple()`."""
+
+    def __getitem__(self, key):
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        value = getattr(self, key, None) if key in (f.name for f in fields(self)) else None
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def __iter__(self):
+        return (f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+    def to_tuple(self):
+        return tuple(self.values())
+
+
+@dataclass(eq=False)
+class BaseModelOutput(ModelOutput):
+    """last_hidden_state [B, T, C]; hidden_states: n_layer + 1 of [B, T, C]; attentions: n_layer of [B, H, T, T]."""
+
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class CausalLMOutput(ModelOutput):
+    """loss, a scalar; logits [B, T, V]; the rest as in BaseModelOutput."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None

@@ -1,0 +1,172 @@
+"""GPT2Config reads, holds and writes what transformers.GPT2Config does, and refuses what describes no GPT-2."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from model import GPT2Config
+
+# Who wrote the file and where it came from; not the model.
+PROVENANCE = {"transformers_version", "_name_or_path"}
+UNUSUAL = {
+    "vocab_size": 500,
+    "n_positions": 128,
+    "n_embd": 96,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_inner": 200,
+    "activation_function": "relu",
+    "resid_pdrop": 0.2,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.3,
+    "layer_norm_epsilon": 1e-6,
+    "initializer_range": 0.01,
+    "summary_type": "last",
+    "summary_use_proj": False,
+    "summary_activation": "tanh",
+    "summary_proj_to_labels": False,
+    "summary_first_dropout": 0.4,
+    "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "reorder_and_upcast_attn": True,
+    "use_cache": False,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "pad_token_id": 4,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "return_dict": False,
+    "id2label": {"0": "no", "1": "yes", "2": "maybe"},
+    "label2id": {"no": 0, "yes": 1, "maybe": 2},
+    "problem_type": "regression",
+    "architectures": ["GPT2LMHeadModel"],
+}
+
+
+def described(config):
+    """A config as its JSON says it, without provenance."""
+    return {key: value for key, value in json.loads(json.dumps(config.to_dict())).items() if key not in PROVENANCE}
+
+
+def test_every_field_and_default_is_transformers():
+    assert described(GPT2Config()) == described(transformers.GPT2Config())
+
+
+def test_every_field_changed_is_still_transformers():
+    fields = described(transformers.GPT2Config()).keys()
+    assert fields - UNUSUAL.keys() == {
+        "model_type",
+        "add_cross_attention",
+        "is_encoder_decoder",
+        "chunk_size_feed_forward",
+    }
+    assert described(GPT2Config(**UNUSUAL)) == described(transformers.GPT2Config(**UNUSUAL))
+
+
+@pytest.mark.parametrize("fields", [{}, UNUSUAL], ids=["defaults", "unusual"])
+def test_json_goes_both_ways(fields, tmp_path):
+    ours, theirs = GPT2Config(**fields), transformers.GPT2Config(**fields)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert described(transformers.GPT2Config.from_pretrained(tmp_path / "ours")) == described(theirs)
+    assert described(GPT2Config.from_pretrained(tmp_path / "theirs")) == described(ours)
+    assert GPT2Config.from_pretrained(tmp_path / "ours") == ours
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["config.json"]
+
+
+def test_aliases_read_write_and_construct():
+    config = GPT2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=32)
+    assert (config.n_embd, config.n_head, config.n_layer, config.n_positions) == (64, 4, 2, 32)
+    config.hidden_size = 128
+    assert config.n_embd == config.hidden_size == 128
+    assert GPT2Config(torch_dtype="float16").dtype == GPT2Config(dtype=torch.float16).torch_dtype == torch.float16
+    with pytest.raises(TypeError, match="both n_embd and its alias hidden_size"):
+        GPT2Config(n_embd=64, hidden_size=64)
+
+
+def test_num_labels_is_the_number_of_labels():
+    assert GPT2Config().num_labels == 2
+    config = GPT2Config(num_labels=3)
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert described(config) == described(transformers.GPT2Config(num_labels=3))
+
+
+def test_a_config_json_of_2019_is_understood_and_its_unknown_keys_are_written_back(tmp_path):
+    old = {
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_ctx": 1024,
+        "n_embd": 1600,
+        "n_head": 25,
+        "n_layer": 48,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "torch_dtype": "float16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = GPT2Config.from_pretrained(tmp_path)
+    assert config.dtype == torch.float16
+    written = json.loads(config.to_json_string())
+    assert written["n_ctx"] == 1024
+    assert written["task_specific_params"] == old["task_specific_params"]
+    assert GPT2Config.from_dict({"n_ctx": 512}).n_positions == 512
+    assert GPT2Config.from_dict({"n_ctx": 512, "n_positions": 256}).n_positions == 256
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("distilgpt2", 81_912_576),
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(size, parameters):
+    from model import GPT2
+
+    with torch.device("meta"):
+        assert GPT2(GPT2Config.preset(size)).num_parameters() == parameters
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_embd": 100, "n_head": 12}, "n_embd 100 is not divisible by n_head 12"),
+        ({"n_layer": 0}, "n_layer is 0; it must be a positive integer"),
+        ({"vocab_size": 1.5}, "vocab_size is 1.5; it must be a positive integer"),
+        ({"n_inner": -1}, "n_inner is -1"),
+        ({"attn_pdrop": 1.5}, "attn_pdrop is 1.5; it must be between 0 and 1"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0; it must be greater than 0"),
+        ({"dtype": "int8"}, "dtype is torch.int8; it must be a floating-point"),
+        ({"dtype": "half-precision"}, "dtype is 'half-precision'"),
+        ({"summary_type": "attn"}, "summary_type is 'attn'"),
+        ({"problem_type": "guess"}, "problem_type is 'guess'"),
+        ({"add_cross_attention": True}, "add_cross_attention .* not supported"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses_what_is_no_gpt2(fields, message):
+    with pytest.raises(ValueError, match=message):
+        GPT2Config(**fields)
+
+
+def test_refuses_unknown_names_and_files(tmp_path):
+    with pytest.raises(TypeError, match="n_layers"):
+        GPT2Config(n_layers=3)
+    with pytest.raises(ValueError, match="unknown size 'gpt3'; choose one of distilgpt2"):
+        GPT2Config.preset("gpt3")
+    with pytest.raises(ValueError, match="model_type is 'llama'"):
+        GPT2Config.from_dict({"model_type": "llama"})
+    (tmp_path / "config.json").write_text('{"n_embd": 7')
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        GPT2Config.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must be an object"):
+        GPT2Config.from_pretrained(tmp_path)
