@@ -1,0 +1,293 @@
+"""Charts from the JSON that a bench wrote, and from nothing else:
+
+    python bench/plots.py out/attention_sweep.json
+
+draws, beside the file, each chart of CHARTS whose fields the file's rows have. It needs json, numpy and matplotlib, so
+that results from another machine plot the same anywhere. A new bench adds its charts to CHARTS.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+from matplotlib.figure import Figure
+
+OK = "ok"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One PNG. The fields of `facets` that vary over the rows split it into panels, the others go into the subtitle.
+
+    x, y, series: fields of a row. kind: "lines" for numbers x, "bars" for names x.
+    relative_to: names of series; y becomes (y of the first of them that was measured) / y, a speed-up if y is a time.
+    powers: the x axis is logarithmic to base 2, with a tick at each x.
+    """
+
+    file: str
+    title: str
+    y: str
+    y_label: str
+    x: str = "T"
+    x_label: str = "sequence length T"
+    series: str = "backend"
+    facets: tuple[str, ...] = ("mode", "dtype")
+    relative_to: tuple[str, ...] = ()
+    kind: str = "lines"
+    powers: bool = True
+
+    def fits(self, rows):
+        return all({self.x, self.y, self.series, *self.facets} <= row.keys() for row in rows)
+
+
+_ATTENTION = ("mode", "dtype", "H", "D", "causal")
+CHARTS = (
+    Chart(
+        file="attention_speedup.png",
+        title="Attention: speed-up over {baseline}",
+        y="median_ms",
+        y_label="time of {baseline} / time",
+        facets=_ATTENTION,
+        relative_to=("sdpa", "eager"),
+    ),
+    Chart(
+        file="attention_throughput.png",
+        title="Attention: throughput",
+        y="tflops",
+        y_label="TFLOP/s",
+        facets=_ATTENTION,
+    ),
+)
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. A name keeps its colour in every chart.
+COLOURS = {
+    "triton": "#D55E00",
+    "eager": "#555555",
+    "sdpa": "#0072B2",
+    "sdpa-flash": "#56B4E9",
+    "sdpa-cudnn": "#009E73",
+    "sdpa-efficient": "#CC79A7",
+    "sdpa-math": "#E69F00",
+    "torch": "#0072B2",
+}
+SPARE_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
+MARKERS = "osD^vPX*"
+INK, FAINT = "#222222", "#777777"
+STYLE = {"fontsize": 9, "color": INK}
+
+
+def draw(path):
+    """Draws the charts of the JSON file at `path` beside it; returns their paths. ValueError if none fits."""
+    path = Path(path)
+    environment, rows = load(path)
+    charts = [chart for chart in CHARTS if rows and chart.fits(rows)]
+    if not charts:
+        raise ValueError(f"{path}: its rows have the fields of no chart in plots.CHARTS")
+    return [draw_chart(chart, environment, rows, path.with_name(chart.file)) for chart in charts]
+
+
+def load(path):
+    """(environment, rows) of a bench's file. ValueError if it is not one."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("rows"), list) or "environment" not in data:
+        raise ValueError(f"{path}: an object with `environment` and `rows` is required")
+    return data["environment"], data["rows"]
+
+
+def draw_chart(chart, environment, rows, path):
+    """Draws one chart as a PNG at `path`; returns the path."""
+    baseline = _baseline(chart, rows)
+    varying = [field for field in chart.facets if len({row[field] for row in rows}) > 1]
+    panels = {}
+    for row in rows:
+        panels.setdefault(tuple(row[field] for field in varying), []).append(row)
+    panels = {key: values for key, values in panels.items() if _curves(chart, values, baseline)} or {(): rows}
+
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    width, height = 5.6 * columns + 0.6, 4.35 * lines + 0.65
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
+    title, subtitle = (
+        chart.title.format(baseline=baseline or "the baseline"),
+        _subtitle(chart, environment, rows, varying),
+    )
+    figure.text(0.25 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, weight="bold")
+    figure.text(0.25 / width, 1 - 0.56 / height, subtitle, fontsize=8.5, color=FAINT)
+    # Room for the header above, the notes below, the names of the lines at the right: all in inches.
+    figure.subplots_adjust(0.65 / width, 1.0 / height, 1 - 1.15 / width, 1 - 1.1 / height, wspace=0.42, hspace=0.55)
+    colours = colours_of([row[chart.series] for row in rows])
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (key, values) in zip(axes, panels.items()):
+        _draw_panel(axis, chart, values, baseline, colours)
+        axis.set_title(", ".join(_word(f, v) for f, v in zip(varying, key)), loc="left", fontsize=10, color=INK)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def colours_of(names):
+    """{name: colour}: those of COLOURS, and spare ones, in order of appearance, for names that have none there."""
+    names = list(dict.fromkeys(names))
+    taken = {COLOURS[name] for name in names if name in COLOURS}
+    spare = iter([colour for colour in SPARE_COLOURS if colour not in taken] + list(SPARE_COLOURS) * len(names))
+    return {name: COLOURS.get(name) or next(spare) for name in names}
+
+
+def _measured(chart, row):
+    return row.get("status", OK) == OK and row[chart.y] is not None
+
+
+def _baseline(chart, rows):
+    """The first name of relative_to that was measured, or None if the chart has no baseline or none was."""
+    present = {row[chart.series] for row in rows if _measured(chart, row)}
+    return next((name for name in chart.relative_to if name in present), None)
+
+
+def _curves(chart, rows, baseline):
+    """{series: (x values, y values)} of what was measured, y relative to the baseline where the chart says so."""
+    base = {row[chart.x]: row[chart.y] for row in rows if row[chart.series] == baseline and _measured(chart, row)}
+    curves = {}
+    for row in rows:
+        if not _measured(chart, row) or (chart.relative_to and row[chart.x] not in base):
+            continue
+        xs, ys = curves.setdefault(row[chart.series], ([], []))
+        xs.append(row[chart.x])
+        ys.append(base[row[chart.x]] / row[chart.y] if chart.relative_to else row[chart.y])
+    return curves
+
+
+def _draw_panel(axis, chart, rows, baseline, colours):
+    curves = _curves(chart, rows, baseline)
+    (_draw_bars if chart.kind == "bars" else _draw_lines)(axis, chart, curves, colours)
+    if baseline is not None:
+        axis.axhline(1.0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(chart.x_label, **STYLE)
+    axis.annotate(
+        _notes(chart, rows), (0, 0), (0, -40), "axes fraction", "offset points", va="top", fontsize=7.5, color=FAINT
+    )
+    axis.set_ylabel(chart.y_label.format(baseline=baseline or "the baseline"), **STYLE)
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#bbbbbb")
+    axis.tick_params(labelsize=8.5, colors=INK, length=3, labelleft=True)
+
+
+def _draw_lines(axis, chart, curves, colours):
+    names = list(colours)
+    ticks = sorted({x for xs, _ in curves.values() for x in xs})
+    for name, (xs, ys) in curves.items():
+        at = dict(zip(xs, ys))
+        heights = [at.get(x, np.nan) for x in ticks]  # a gap where nothing was measured
+        marker = MARKERS[names.index(name) % len(MARKERS)]
+        axis.plot(ticks, heights, color=colours[name], marker=marker, markersize=4.5, linewidth=1.8, zorder=3)
+    if chart.powers and ticks:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [_size(x) for x in ticks])
+        axis.minorticks_off()
+    top = max((max(ys) for _, ys in curves.values()), default=0.0)
+    top = max(top, 1.0) if chart.relative_to else top
+    axis.set_ylim(0, 1.08 * top or 1.0)
+    _label_ends(axis, curves, colours)
+
+
+def _label_ends(axis, curves, colours):
+    """Names each line at the right, the names pushed apart where the ends are close."""
+    ends = sorted((ys[int(np.argmax(xs))], max(xs), name) for name, (xs, ys) in curves.items())
+    top = axis.get_ylim()[1]
+    gap = 0.062 * top
+    heights = [y for y, _, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in reversed(range(len(heights))):  # what was pushed beyond the top comes down again
+        heights[i] = min(heights[i], top - (len(heights) - 1 - i) * gap)
+    for height, (y, x, name) in zip(heights, ends):
+        leader = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
+        axis.annotate(
+            name,
+            (x, y),
+            (1.03, height),
+            textcoords=axis.get_yaxis_transform(),
+            color=colours[name],
+            fontsize=9,
+            va="center",
+            weight="bold",
+            arrowprops=leader,
+        )
+
+
+def _draw_bars(axis, chart, curves, colours):
+    groups = list(dict.fromkeys(x for xs, _ in curves.values() for x in xs))
+    thickness = 0.8 / max(len(curves), 1)
+    for i, (name, (xs, ys)) in enumerate(curves.items()):
+        places = [groups.index(x) + (i - (len(curves) - 1) / 2) * thickness for x in xs]
+        bars = axis.bar(places, ys, 0.92 * thickness, color=colours[name], label=name, zorder=3)
+        axis.bar_label(bars, [f"{y:.3g}" for y in ys], fontsize=7.5, color=INK, padding=2)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.margins(y=0.12)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.5, labelcolor=INK)
+
+
+def _subtitle(chart, environment, rows, varying):
+    """Device, what is the same in all rows, commit."""
+    same = [_word(field, rows[0][field]) for field in chart.facets if field not in varying]
+    commit = environment.get("commit")
+    commit = f"commit {commit[:9]}{' + changes' if environment.get('dirty') else ''}" if commit else None
+    versions = [f"{name} {environment[name]}" for name in ("torch", "triton") if environment.get(name)]
+    return "  ·  ".join(filter(None, [environment.get("device"), ", ".join(same), *versions, commit]))
+
+
+def _notes(chart, rows):
+    """What is not in the panel, and why: `out of memory: eager at 8k, 16k`."""
+    missing = {}
+    for row in rows:
+        if not _measured(chart, row):
+            reason = row["status"] if row.get("status", OK) != OK else "not measured"
+            reason = "failed its correctness gate" if reason.startswith("failed") else reason
+            missing.setdefault(reason, {}).setdefault(row[chart.series], {})[row[chart.x]] = None
+    notes = []
+    for reason, names in missing.items():
+        where = [f"{name} at {', '.join(_size(x) for x in xs)}" for name, xs in names.items()]
+        notes += wrap(f"{reason}: {'; '.join(where)}", 95)
+    return "\n".join(notes)
+
+
+def _word(field, value):
+    if isinstance(value, bool):
+        return field if value else f"not {field}"
+    return f"{field} = {value}" if isinstance(value, (int, float)) else str(value)
+
+
+def _size(x):
+    """1024 as 1k; other values as they are."""
+    return f"{x // 1024}k" if isinstance(x, int) and x >= 1024 and x % 1024 == 0 else f"{x}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="bench/plots.py", description="Draws the charts of a bench's JSON file.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="what a bench wrote, e.g. out/attention_sweep.json")
+    args = parser.parse_args(argv)
+    try:
+        for path in draw(args.file):
+            print(f"wrote {path}")
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
