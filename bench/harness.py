@@ -41,7 +41,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # The rule of tests/numerics.py: error <= factor * (error of plain PyTorch in the same dtype) + a few ulps.
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-FLOOR_ULPS = 4
+FLOOR_ULPS = 2
 
 
 class UsageError(ValueError):

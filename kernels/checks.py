@@ -66,3 +66,12 @@ def check_row_vector(function, tensor, name, B, device):
             f"{function}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
             f"it must be torch.int32 ({B},) on {device}"
         )
+
+
+def refuse_second_derivative(function):
+    """Called in backward, where gradients are on only if somebody asked for the gradient's own graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: no second derivative is implemented, and create_graph=True asks for one; "
+            "use the plain-PyTorch form (kernels.reference) where higher-order gradients are needed"
+        )

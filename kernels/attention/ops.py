@@ -6,11 +6,17 @@ its gradient as one tensor of that shape. All of them launch the same kernels.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from kernels.attention.backward import _launch_attention_backward
 from kernels.attention.forward import _launch_attention_forward
-from kernels.checks import check_device, check_dtype, check_last_stride, check_row_vector, check_same
+from kernels.checks import (
+    check_device,
+    check_dtype,
+    check_last_stride,
+    check_row_vector,
+    check_same,
+    refuse_second_derivative,
+)
 from kernels.library import LN2, define_op
 
 MAX_HEAD_DIM = 256
@@ -103,8 +109,8 @@ class _FlashAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dlse):
+        refuse_second_derivative("flash_attention")
         q, k, v, o, lse, *bounds = ctx.saved_tensors
         grads = attention_backward(_unit_stride(do), q, k, v, o, lse, *bounds, *ctx.numbers)
         return *grads, *[None] * 7
@@ -120,8 +126,8 @@ class _FlashAttentionPacked(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
+        refuse_second_derivative("flash_attention_packed")
         qkv, o, lse, *bounds = ctx.saved_tensors
         dqkv = packed_attention_backward(_unit_stride(do), qkv, o, lse, ctx.num_heads, *bounds, *ctx.numbers)
         return dqkv, *[None] * 8

@@ -95,7 +95,7 @@ def test_the_gate_is_the_rule_of_the_tests():
 def test_the_gate_decides_as_assert_close_does(excess):
     oracle = torch.linspace(-3, 3, 64, dtype=torch.float64)
     baseline = (oracle + 1e-4).float()
-    bound = 2 * numerics.max_error(baseline, oracle) + numerics.floor(oracle, torch.float32)
+    bound = 2 * numerics.max_error(baseline, oracle) + numerics.floor(torch.float32, oracle)
     actual = oracle.float()
     actual[63] = 3 + excess * bound
 

@@ -1,0 +1,405 @@
+"""flash_attention: right in every lane within the tolerance rule, copies nothing, depends on nothing it should not."""
+
+import compiling
+import lanes
+import numerics
+import pytest
+import torch
+from lanes import across_lanes
+from torch.library import opcheck
+
+from kernels import flash_attention, flash_attention_packed, reference
+from kernels.attention import backward, forward, ops
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = (F32, F16, BF16)
+
+# (B, H, T_q, T_k, D): odd lengths and head dims, one query, more queries than keys, three heads.
+SHAPES = [
+    (1, 2, 1, 1, 64),
+    (2, 1, 15, 15, 16),
+    (1, 3, 16, 16, 40),
+    (1, 1, 17, 17, 80),
+    (2, 2, 65, 65, 64),
+    (1, 1, 129, 129, 128),
+    (1, 2, 300, 300, 64),
+    (2, 1, 1, 129, 64),
+    (1, 2, 5, 129, 40),
+    (1, 1, 70, 17, 64),
+]
+
+
+def shape_id(shape):
+    B, H, T_q, T_k, D = shape
+    return f"B{B}-H{H}-Tq{T_q}-Tk{T_k}-D{D}"
+
+
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+causal_or_full = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """Tensors that PyTorch leaves uninitialised hold NaN, so that an element no kernel wrote cannot pass."""
+    torch.use_deterministic_algorithms(True)  # which makes torch.empty fill with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def heads(B, H, T, D, dtype, device):
+    """Random q, k or v [B, H, T, D] in memory order [B, T, H, D], as the model has it."""
+    return torch.randn(B, T, H, D).to(device, dtype).transpose(1, 2)
+
+
+def inputs(shape, dtype, device):
+    B, H, T_q, T_k, D = shape
+    q, do = heads(B, H, T_q, D, dtype, device), heads(B, H, T_q, D, dtype, device)
+    return q, heads(B, H, T_k, D, dtype, device), heads(B, H, T_k, D, dtype, device), do
+
+
+def bounds(device, **rows):
+    return {name: torch.tensor(values, dtype=torch.int32, device=device) for name, values in rows.items()}
+
+
+def with_gradients(function, q, k, v, do):
+    """function(q, k, v) and the gradients of q, k, v for the output gradient do."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    o = function(q, k, v)
+    return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
+
+
+def check_against_oracle(q, k, v, do, **options):
+    """The tolerance rule for o, dq, dk and dv: the oracle and the baseline are kernels.reference.attention."""
+
+    def plain(q, k, v):
+        return reference.attention(q, k, v, **options)[0]
+
+    ours = with_gradients(lambda q, k, v: flash_attention(q, k, v, **options), q, k, v, do)
+    baseline = with_gradients(plain, q, k, v, do)
+    oracle = with_gradients(plain, *(x.double() for x in (q, k, v, do)))
+    numerics.assert_close(ours[0], baseline[0], oracle[0], what="o")
+    for name, *gradients in zip(("dq", "dk", "dv"), ours[1:], baseline[1:], oracle[1:]):
+        numerics.assert_gradient_close(*gradients, what=name, beside=oracle[1:])
+
+
+@across_lanes(*DTYPES)
+@every_shape
+@causal_or_full
+def test_output_and_gradients_match_the_oracle(lane, dtype, shape, causal):
+    check_against_oracle(*inputs(shape, dtype, lane.device), causal=causal)
+
+
+@across_lanes(*DTYPES)
+def test_scale_multiplies_the_scores(lane, dtype):
+    check_against_oracle(*inputs((1, 2, 33, 33, 64), dtype, lane.device), scale=0.5)
+
+
+@across_lanes(F32)
+def test_log_sum_exp_is_that_of_the_scaled_scores(lane, dtype):
+    q, k, v, _ = inputs((2, 2, 33, 70, 40), dtype, lane.device)
+    _, lse = flash_attention(q, k, v, causal=False, return_lse=True)
+    expected = torch.logsumexp(q.double() @ k.double().transpose(-2, -1) * 40**-0.5, -1)
+    torch.testing.assert_close(lse.double(), expected, atol=1e-5, rtol=1e-6)
+
+
+@across_lanes(F32)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"kv_end": [70, 66, 1, 0]},
+        {"kv_start": [0, 3, 69, 70]},
+        {"kv_start": [0, 5, 40, 60], "kv_end": [70, 66, 41, 60]},
+    ],
+    ids=["right", "left", "both"],
+)
+@causal_or_full
+def test_padding_matches_the_oracle(lane, dtype, rows, causal):
+    q, k, v, do = inputs((4, 2, 70, 70, 32), dtype, lane.device)
+    check_against_oracle(q, k, v, do, causal=causal, **bounds(lane.device, **rows))
+
+
+@across_lanes(F32)
+def test_rows_of_a_cache_may_stand_at_different_positions(lane, dtype):
+    q, k, v, do = inputs((3, 2, 4, 100, 32), dtype, lane.device)
+    rows = bounds(lane.device, kv_start=[3, 0, 0], kv_end=[50, 97, 4], q_start=[46, 93, 0])
+    check_against_oracle(q, k, v, do, **rows)
+
+
+# Properties
+
+
+@across_lanes(F32)
+def test_a_row_with_no_key_gives_zero_and_no_gradient(lane, dtype):
+    q, k, v, do = inputs((2, 1, 20, 20, 16), dtype, lane.device)
+    rows = bounds(lane.device, kv_start=[0, 8], kv_end=[20, 8])
+    o, dq, dk, dv = with_gradients(lambda q, k, v: flash_attention(q, k, v, **rows), q, k, v, do)
+    for result in (o, dq, dk, dv):
+        assert torch.equal(result[1], torch.zeros_like(result[1]))
+    _, lse = flash_attention(q, k, v, return_lse=True, **rows)
+    assert torch.equal(lse[1], torch.full_like(lse[1], float("-inf")))
+
+
+@across_lanes(F32)
+def test_padded_keys_and_values_may_be_nan(lane, dtype):
+    q, k, v, do = inputs((2, 1, 70, 70, 16), dtype, lane.device)
+    rows = bounds(lane.device, kv_start=[3, 0], kv_end=[70, 40])
+    clean = with_gradients(lambda q, k, v: flash_attention(q, k, v, causal=False, **rows), q, k, v, do)
+    for x in (k, v):
+        x[0, :, :3] = float("nan")
+        x[1, :, 40:] = float("nan")
+    dirty = with_gradients(lambda q, k, v: flash_attention(q, k, v, causal=False, **rows), q, k, v, do)
+    for before, after in zip(clean, dirty):
+        assert torch.equal(before, after)
+
+
+@across_lanes(F32)
+def test_left_padding_leaves_every_bit_of_a_row_as_it_is(lane, dtype):
+    q, k, v, _ = inputs((1, 2, 70, 70, 16), dtype, lane.device)
+    alone = flash_attention(q, k, v)
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 11, 0), value=float("nan")) for x in (q, k, v))
+    padded = flash_attention(q, k, v, **bounds(lane.device, kv_start=[11]))
+    assert torch.equal(padded[:, :, 11:], alone)
+
+
+@across_lanes(F32, F16, BF16)
+def test_a_later_token_leaves_earlier_outputs_bit_identical(lane, dtype):
+    q, k, v, _ = inputs((1, 1, 80, 80, 64), dtype, lane.device)
+    before = flash_attention(q, k, v)
+    for x in (q, k, v):
+        x[:, :, 41] += 1.0
+    after = flash_attention(q, k, v)
+    assert torch.equal(before[:, :, :41], after[:, :, :41])
+    assert not torch.equal(before[:, :, 41], after[:, :, 41])
+
+
+@across_lanes(F32, F16, BF16)
+def test_a_row_does_not_depend_on_the_other_rows_of_the_batch(lane, dtype):
+    q, k, v, do = inputs((3, 2, 70, 70, 16), dtype, lane.device)
+    together = with_gradients(flash_attention, q, k, v, do)
+    alone = with_gradients(flash_attention, *(x[1:2] for x in (q, k, v, do)))
+    for row, single in zip(together, alone):
+        assert torch.equal(row[1:2], single)
+
+
+@across_lanes(F32, F16, BF16)
+def test_two_runs_are_bit_identical(lane, dtype):
+    arguments = inputs((1, 2, 65, 65, 64), dtype, lane.device)
+    first, second = (with_gradients(flash_attention, *arguments) for _ in range(2))
+    for one, other in zip(first, second):
+        assert torch.equal(one, other)
+
+
+@across_lanes(F32)
+def test_the_weights_of_a_query_sum_to_one(lane, dtype):
+    q, k, v, _ = inputs((1, 2, 65, 65, 64), dtype, lane.device)
+    o = flash_attention(q, k, torch.ones_like(v))
+    torch.testing.assert_close(o, torch.ones_like(o), atol=1e-6, rtol=0)
+
+
+@across_lanes(F16)
+def test_scores_beyond_the_range_of_fp16_are_no_trouble(lane, dtype):
+    q, k, v, _ = inputs((1, 1, 33, 33, 64), dtype, lane.device)
+    q, k = q * 200, k * 200  # scores of a few hundred thousand
+    o = flash_attention(q, k, v)
+    oracle, _ = reference.attention(q.double(), k.double(), v.double())
+    assert numerics.max_error(o, oracle) <= numerics.floor(dtype, oracle)
+
+
+# The fused projection, read and written in place
+
+
+@across_lanes(*DTYPES)
+def test_packed_equals_separate(lane, dtype):
+    qkv = torch.randn(2, 37, 3 * 2 * 40).to(lane.device, dtype).requires_grad_()
+    do = torch.randn(2, 37, 2 * 40).to(lane.device, dtype)
+    packed = flash_attention_packed(qkv, 2)
+    (dqkv,) = torch.autograd.grad(packed, qkv, do)
+
+    q, k, v = qkv.detach().view(2, 37, 3, 2, 40).permute(2, 0, 3, 1, 4)
+    o, *gradients = with_gradients(flash_attention, q, k, v, do.view(2, 37, 2, 40).transpose(1, 2))
+    assert torch.equal(packed, o.transpose(1, 2).reshape(2, 37, 80))
+    assert torch.equal(dqkv, torch.stack(gradients).permute(1, 3, 0, 2, 4).reshape(2, 37, 240))
+
+
+@across_lanes(F32)
+def test_nothing_is_copied(lane, dtype, monkeypatch):
+    """The kernels get pointers into the projection, and into its one gradient, with the projection's strides."""
+    launched = {}
+
+    class Recorder:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                launched[self.name] = [x for x in arguments if isinstance(x, torch.Tensor)]
+                return self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    for module, name in (
+        (forward, "_attention_forward_kernel"),
+        (backward, "_attention_dq_kernel"),
+        (backward, "_attention_dkdv_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Recorder(name, getattr(module, name)))
+
+    B, T, H, D = 2, 20, 3, 16
+    C = H * D
+    qkv = torch.randn(B, T, 3 * C, dtype=dtype, device=lane.device, requires_grad=True)
+    do = torch.randn(B, T, C, dtype=dtype, device=lane.device)
+    o = flash_attention_packed(qkv, H)
+    (dqkv,) = torch.autograd.grad(o, qkv, do)
+    assert o.shape == (B, T, C)
+    assert o.is_contiguous()
+
+    def part(whole, index):
+        return whole.data_ptr() + index * C * whole.element_size(), (3 * T * C, D, 3 * C, 1)
+
+    def place(x):
+        return x.data_ptr(), x.stride()
+
+    whole = (do.data_ptr(), (T * C, D, C, 1))
+    q, k, v, o_written, _ = launched["_attention_forward_kernel"]
+    assert [place(x) for x in (q, k, v)] == [part(qkv, i) for i in range(3)]
+    assert place(o_written) == (o.data_ptr(), (T * C, D, C, 1))
+    q, k, v, _, do_read, dq, _, _ = launched["_attention_dq_kernel"]
+    assert [place(x) for x in (q, k, v, dq)] == [*(part(qkv, i) for i in range(3)), part(dqkv, 0)]
+    assert place(do_read) == whole
+    q, k, v, do_read, dk, dv, _, _ = launched["_attention_dkdv_kernel"]
+    assert [place(x) for x in (q, k, v)] == [part(qkv, i) for i in range(3)]
+    assert [place(x) for x in (dk, dv)] == [part(dqkv, 1), part(dqkv, 2)]
+    assert place(do_read) == whole
+
+
+@across_lanes(F32)
+def test_output_is_in_the_order_that_merges_heads_without_a_copy(lane, dtype):
+    q, k, v, _ = inputs((2, 3, 20, 20, 16), dtype, lane.device)
+    o = flash_attention(q, k, v)
+    assert o.transpose(1, 2).is_contiguous()
+
+
+@across_lanes(F32)
+@pytest.mark.parametrize("expand", [False, True], ids=["strided", "expanded"])
+def test_an_output_gradient_of_any_strides_is_read_rightly(lane, dtype, expand):
+    q, k, v, do = inputs((1, 2, 20, 20, 16), dtype, lane.device)
+    awkward = do[:, :, :1, :1].expand_as(do) if expand else do.transpose(2, 3).contiguous().transpose(2, 3)
+    plain = with_gradients(flash_attention, q, k, v, awkward.contiguous())
+    strided = with_gradients(flash_attention, q, k, v, awkward)
+    for one, other in zip(plain, strided):
+        assert torch.equal(one, other)
+
+
+# The ops
+
+
+OPTIONS = (None, None, None, None, 0.25, True, 0.0)
+
+
+@across_lanes(F32)
+def test_ops_pass_opcheck(lane, dtype):
+    q, k, v, do = inputs((1, 2, 20, 20, 16), dtype, lane.device)
+    o, lse = ops.attention_forward(q, k, v, *OPTIONS)
+    opcheck(ops.attention_forward, (q, k, v, *OPTIONS))
+    opcheck(ops.attention_backward, (do, q, k, v, o, lse, *OPTIONS))
+    qkv = torch.randn(1, 20, 96, device=lane.device)
+    o, lse = ops.packed_attention_forward(qkv, 2, *OPTIONS)
+    opcheck(ops.packed_attention_forward, (qkv, 2, *OPTIONS))
+    opcheck(ops.packed_attention_backward, (torch.randn_like(o), qkv, o, lse, 2, *OPTIONS))
+
+
+@across_lanes(F32)
+def test_torch_compile_traces_it_without_a_graph_break(lane, dtype):
+    torch._dynamo.reset()
+
+    def block(qkv):
+        return flash_attention_packed(qkv * 2, 2).square().sum()
+
+    qkv = torch.randn(2, 20, 96, device=lane.device, requires_grad=True)
+    (eager,) = torch.autograd.grad(block(qkv), qkv)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    (traced,) = torch.autograd.grad(compiled(qkv), qkv)
+    assert torch.equal(eager, traced)
+
+
+@across_lanes(F32)
+def test_a_second_derivative_is_refused(lane, dtype):
+    q, k, v, _ = (x.requires_grad_() for x in inputs((1, 1, 8, 8, 16), dtype, lane.device))
+    with pytest.raises(RuntimeError, match="flash_attention: no second derivative"):
+        torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
+
+
+# Errors: before anything is launched, with what came and what is required
+
+
+def q_k_v(**changes):
+    shapes = {"q": (2, 3, 8, 16), "k": (2, 3, 8, 16), "v": (2, 3, 8, 16)} | changes
+    return [torch.zeros(shape) for shape in shapes.values()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (q_k_v(k=(2, 3, 8, 32)), {}, ValueError, "flash_attention: k has head_dim 32, q has 16; they must match"),
+        (q_k_v(v=(2, 4, 8, 16)), {}, ValueError, "v has heads 4, q has 3"),
+        (q_k_v(k=(1, 3, 8, 16)), {}, ValueError, "k has batch size 1, q has 2"),
+        (q_k_v(v=(2, 3, 9, 16)), {}, ValueError, "k has 8 keys, v has 9"),
+        (q_k_v(q=(3, 8, 16)), {}, ValueError, r"they must be \[B, H, T, D\]"),
+        (q_k_v(k=(2, 3, 0, 16), v=(2, 3, 0, 16)), {}, ValueError, "there must be at least one"),
+        ([x.double() for x in q_k_v()], {}, TypeError, "float64; it must be float16, bfloat16, float32"),
+        ([q_k_v()[0].half(), *q_k_v()[1:]], {}, ValueError, "k has dtype torch.float32, q has torch.float16"),
+        ([torch.zeros(1, 1, 4, 257)] * 3, {}, ValueError, "head_dim is 257; it must be from 1 to 256"),
+        ([torch.zeros(2, 3, 16, 8).mT, *q_k_v()[1:]], {}, ValueError, r"q has strides .*; the last must be 1"),
+        (q_k_v(), {"scale": -1.0}, ValueError, "scale is -1.0; it must be positive"),
+        (q_k_v(), {"dropout_p": 1.0}, ValueError, r"dropout_p is 1.0; it must be in \[0, 1\)"),
+        (q_k_v(), {"kv_end": torch.zeros(2)}, ValueError, r"kv_end is torch.float32 .* must be torch.int32 \(2,\)"),
+    ],
+)
+def test_a_wrong_argument_says_what_came_and_what_is_required(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        flash_attention(*arguments, **options)
+
+
+def test_a_projection_that_does_not_divide_into_heads_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 96\) for 5 heads; it must be \[B, T, 3 \* heads"):
+        flash_attention_packed(torch.zeros(1, 4, 96), 5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton has a driver")
+def test_a_cpu_tensor_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="q is on cpu, and Triton finds no GPU here; the kernel needs one"):
+        flash_attention(*q_k_v())
+
+
+@pytest.mark.gpu
+def test_a_cpu_tensor_beside_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="q is on cpu, and Triton's active driver runs on cuda"):
+        flash_attention(*q_k_v())
+
+
+@pytest.mark.interpret
+def test_the_interpreter_refuses_bf16():
+    with pytest.raises(ValueError, match="bfloat16, which Triton's interpreter multiplies wrongly"):
+        flash_attention(*(x.bfloat16() for x in q_k_v()))
+
+
+# The compile lane
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lanes.short)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
+    qkv = torch.empty(1, 64, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
+    with compiling.compile_only(arch) as kernels:
+        o = flash_attention_packed(qkv, 2)
+        o.backward(torch.empty_like(o))
+    assert {kernel.name for kernel in kernels} == {
+        "_attention_forward_kernel",
+        "_attention_dq_kernel",
+        "_attention_dkdv_kernel",
+    }
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.shared <= compiling.SHARED_MEMORY[arch], kernel
