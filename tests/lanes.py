@@ -28,11 +28,25 @@ class Lane:
         yield self
 
 
+@dataclass(frozen=True)
+class SimulatedLane(Lane):
+    """A chip that kernels/simulator stands for: Lane's name is its architecture."""
+
+    @contextmanager
+    def enter(self):
+        from kernels.simulator import simulate
+
+        with simulate(self.name):
+            yield self
+
+
 LANES = {
     lane.name: lane
     for lane in (
         # Triton's interpreter multiplies bf16 bit patterns as integers in tl.dot.
         Lane("interpret", "interpret", "cpu", (torch.float32, torch.float16)),
+        SimulatedLane("sm_80", "simulate", "cpu"),
+        SimulatedLane("sm_90", "simulate", "cpu"),
         Lane("gpu", "gpu", "cuda"),
     )
 }

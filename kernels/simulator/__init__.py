@@ -1,0 +1,32 @@
+"""Runs what Triton compiled, on the CPU: see README.md.
+
+from kernels.simulator import simulate
+with simulate("sm_90") as gpu:
+    kernel[grid](...)               # CPU tensors
+print(gpu.launches[-1].counters)
+"""
+
+from .driver import CHIPS, simulate
+from .errors import (
+    AsyncHazard,
+    BarrierDeadlock,
+    KernelError,
+    Misaligned,
+    OutOfBounds,
+    SharedMemoryRace,
+    SimulatorError,
+    Unimplemented,
+)
+
+__all__ = [
+    "CHIPS",
+    "AsyncHazard",
+    "BarrierDeadlock",
+    "KernelError",
+    "Misaligned",
+    "OutOfBounds",
+    "SharedMemoryRace",
+    "SimulatorError",
+    "Unimplemented",
+    "simulate",
+]

@@ -1,0 +1,163 @@
+"""What a launch did, counted exactly: the same on every machine, so kernels and commits can be compared. Not times."""
+
+from collections import Counter
+
+import numpy as np
+
+SECTOR = 32  # bytes: the unit in which global memory is moved
+BANKS, BANK_BYTES = 32, 4
+
+_CLASSES = {
+    "mma": {"mma", "wgmma"},
+    "special": {"ex2", "lg2", "sqrt", "rsqrt", "rcp", "sin", "cos", "tanh"},
+    "shuffle": {"shfl", "vote", "redux", "match", "elect", "activemask", "movmatrix"},
+    "convert": {"cvt"},
+    "move": {"mov", "selp", "cvta"},
+    "branch": {"bra", "ret", "exit"},
+    "barrier": {"bar", "barrier", "fence", "membar"},
+    "matrix_move": {"ldmatrix", "stmatrix"},
+    "copy": {"cp"},
+    "atomic": {"atom", "red"},
+}
+_OF_OPCODE = {opcode: name for name, opcodes in _CLASSES.items() for opcode in opcodes}
+_FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2")
+
+
+def class_of(inst):
+    """The class under which an instruction is counted."""
+    if inst.opcode == "wgmma" and not inst.has("mma_async"):
+        return "barrier"
+    if inst.opcode in _OF_OPCODE:
+        return _OF_OPCODE[inst.opcode]
+    if inst.opcode in ("ld", "st"):
+        return next(
+            (f"{space}_{inst.opcode}" for space in ("global", "shared", "local", "param") if inst.has(space)), "memory"
+        )
+    return "float" if inst.modifiers and inst.type in _FLOATS else "integer"
+
+
+class Counters:
+    """Counts of one launch. An instruction counts once per warp that executes it, predicated off or not.
+
+    executed         int64 array: warps that executed each instruction
+    global_read      bytes that threads asked for; global_written likewise; global_atomic likewise
+    sectors_read     32-byte sectors that each warp's request touched, summed; sectors_written likewise
+    requests_read    warp requests to global memory; requests_written likewise
+    shared_requests  warp requests to shared memory; shared_wavefronts: the passes that their banks need;
+    bank_conflicts   passes beyond the fewest that the requested bytes need
+    """
+
+    NAMES = (
+        "global_read",
+        "global_written",
+        "global_atomic",
+        "sectors_read",
+        "sectors_written",
+        "requests_read",
+        "requests_written",
+        "shared_requests",
+        "shared_wavefronts",
+        "bank_conflicts",
+        "tensor_flops",
+    )
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+        self.executed = np.zeros(len(kernel.instructions), np.int64)
+        self.global_read = self.global_written = self.global_atomic = 0
+        self.sectors_read = self.sectors_written = self.requests_read = self.requests_written = 0
+        self.shared_requests = self.shared_wavefronts = self.bank_conflicts = 0
+        self._patterns = {}
+
+    @property
+    def instructions(self):
+        """Executed warp instructions by class."""
+        counts = Counter()
+        for inst, count in zip(self._kernel.instructions, self.executed):
+            if count:
+                counts[class_of(inst)] += int(count)
+        return dict(counts)
+
+    @property
+    def tensor_flops(self):
+        """Floating-point operations of the tensor cores, a multiply-add counting as two."""
+        from .instructions.tensor_core import shape_of
+
+        total = 0
+        for inst, count in zip(self._kernel.instructions, self.executed):
+            if count and class_of(inst) == "mma":
+                m, n, k = shape_of(inst)
+                total += 2 * m * n * k * int(count) // (4 if inst.opcode == "wgmma" else 1)
+        return total
+
+    def as_dict(self):
+        """All counts as plain numbers, for a report."""
+        return {"instructions": self.instructions} | {name: int(getattr(self, name)) for name in self.NAMES}
+
+    def __repr__(self):
+        return f"Counters({self.as_dict()})"
+
+    # Recording
+
+    def read(self, team, inst, offsets, size, threads):
+        requests, sectors = _sectors(team, offsets, size, threads)
+        self.global_read += len(offsets) * size
+        self.requests_read += requests
+        self.sectors_read += sectors
+
+    def wrote(self, team, inst, offsets, size, threads):
+        requests, sectors = _sectors(team, offsets, size, threads)
+        self.global_written += len(offsets) * size
+        self.requests_written += requests
+        self.sectors_written += sectors
+
+    def atomic(self, team, inst, offsets, size, threads):
+        self.global_atomic += len(offsets) * size
+
+    def shared(self, team, inst, addresses, size, threads):
+        """Banks are counted per warp. Address patterns recur in every block and iteration, so results are kept."""
+        if threads is None:
+            key = (size, addresses.tobytes())
+        else:
+            key = (size, addresses.tobytes(), threads.tobytes())
+        if key not in self._patterns:
+            self._patterns[key] = _bank_passes(team, addresses, size, threads)
+        requests, passes, conflicts = self._patterns[key]
+        self.shared_requests += requests
+        self.shared_wavefronts += passes
+        self.bank_conflicts += conflicts
+
+
+def _distinct(values, groups):
+    """How many distinct values each group holds, summed; values and groups are flat int64 arrays of one length."""
+    key = np.sort((groups << 48) | values)
+    return 1 + int((key[1:] != key[:-1]).sum()) if len(key) else 0
+
+
+def _sectors(team, offsets, size, threads):
+    """(warp requests, sectors that they touch)."""
+    warps = np.repeat(np.arange(team.warps), 32) if threads is None else threads // 32
+    requests = team.warps if threads is None else len(np.unique(warps))
+    first = offsets // SECTOR
+    if (np.diff(first) >= 0).all():  # in order within and across warps
+        steps = (np.diff(first) != 0) | (np.diff(warps) != 0)
+        return requests, 1 + int(steps.sum())
+    return requests, _distinct(first, warps)
+
+
+def _bank_passes(team, addresses, size, threads):
+    """(warp requests, wavefronts, wavefronts beyond the fewest possible).
+
+    A wavefront serves one 4-byte word of each bank. Accesses of 8 and 16 bytes are served in halves and quarters of the
+    warp. Lanes that want the same word share it.
+    """
+    lane_threads = np.arange(team.size) if threads is None else threads
+    lanes_per_phase = min(32, 128 // max(size, BANK_BYTES))
+    phase = (lane_threads // 32) * (32 // lanes_per_phase) + lane_threads % 32 // lanes_per_phase
+    words_each = max(size // BANK_BYTES, 1)
+    words = (addresses.astype(np.int64) // BANK_BYTES)[:, None] + np.arange(words_each)
+    key = np.unique((np.repeat(phase, words_each) << 40) | words.reshape(-1))
+    phase_of, bank = key >> 40, key & (BANKS - 1)
+    load = np.bincount(phase_of * BANKS + bank, minlength=(int(phase.max()) + 1) * BANKS).reshape(-1, BANKS)
+    passes = load.max(1)
+    return len(np.unique(lane_threads // 32)), int(passes.sum()), int(np.maximum(passes - 1, 0).sum())

@@ -1,0 +1,236 @@
+"""A Triton driver whose device is the simulator, and `simulate`, which installs it for a while."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver as triton_driver
+
+from .errors import SimulatorError, Unimplemented
+from .machine import Launch, Program
+from .memory import GlobalMemory
+from .ptx import parse
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the driver tells of a chip: compute capability, multiprocessors, bytes of shared memory for one block."""
+
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+
+
+CHIPS = {
+    "sm_80": Chip(80, 108, 166912),
+    "sm_86": Chip(86, 84, 101376),
+    "sm_89": Chip(89, 128, 101376),
+    "sm_90": Chip(90, 132, 232448),
+}
+
+# The JIT keeps compiled kernels by device number: these differ per target and from any real device's.
+_FIRST_DEVICE = 9000
+
+
+class Simulation:
+    """What `simulate` yields. `launches`: one `Launch` per kernel launch, in order, each with its counters."""
+
+    def __init__(self, arch, seed=None, transform=None):
+        self.arch, self.chip = arch, CHIPS[arch]
+        self.launches = []
+        self._schedule = None if seed is None else np.random.default_rng(seed)
+        self._transform = transform
+
+    def launch(self, loaded, grid, tensors, arguments):
+        """Runs a loaded kernel. tensors: {name: tensor}; arguments: a tensor or a number for each parameter."""
+        program = loaded.program(self._transform)
+        memory = GlobalMemory(tensors)
+        values = [memory.address(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        values += [0] * (len(program.kernel.parameters) - len(values))  # scratch pointers, unused
+        launch = Launch(program, grid, values, memory, self._schedule)
+        launch.run()
+        memory.write_back()
+        launch.memory = None
+        self.launches.append(launch)
+
+
+_simulations = []  # those entered and not yet left; the last one is in charge
+_texts = {}  # PTX by the compiled kernel's hash
+
+
+def _keep_ptx(module, function, name, metadata_group, hash):
+    """Triton calls this when it loads a kernel: the only place that shows a launcher its PTX."""
+    _texts[hash] = Path(next(path for file, path in metadata_group.items() if file.endswith(".ptx"))).read_text()
+
+
+class _Loaded:
+    """A compiled kernel as the driver keeps it, with what was parsed of it."""
+
+    def __init__(self, metadata):
+        self.name, self.shared, self._text = metadata.name, metadata.shared, _texts[metadata.hash]
+        self._programs = {}
+
+    def program(self, transform):
+        text = self._text if transform is None else transform(self._text)
+        if text not in self._programs:
+            self._programs[text] = Program(parse(text), self.shared)
+        return self._programs[text]
+
+
+class _Launcher:
+    """Stands for Triton's compiled launcher: takes the kernel's arguments apart and runs them."""
+
+    def __init__(self, source, metadata):
+        self._signature, self._names, self._metadata = source.signature, source.fn.arg_names, metadata
+        self._loaded = None
+
+    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
+        if not _simulations:
+            raise SimulatorError(f"{self._metadata.name}: compiled for a simulated chip; launch it inside `simulate`")
+        if getattr(self._metadata, "global_scratch_size", 0):
+            raise Unimplemented(f"{self._metadata.name}: kernels with global scratch memory (device-side descriptors)")
+        if self._loaded is None:
+            self._loaded = _Loaded(self._metadata)
+        tensors, values = {}, []
+        for name, value in zip(self._names, arguments):
+            self._flatten(name, self._signature[name], value, tensors, values)
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        _simulations[-1].launch(self._loaded, (x, y, z), tensors, values)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+    def _flatten(self, name, kind, value, tensors, values):
+        """Appends what the kernel is passed for one argument: nothing for a constexpr, several values for a tuple."""
+        if isinstance(kind, (tuple, list)):
+            for i, (inner, item) in enumerate(zip(kind, value)):
+                self._flatten(f"{name}[{i}]", inner, item, tensors, values)
+        elif kind == "constexpr":
+            return
+        elif kind.startswith("*"):
+            value = getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value
+            if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+                what = f"a tensor on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise SimulatorError(f"{self._metadata.name}: {name} is {what}; the simulator takes CPU tensors")
+            tensors[name] = value
+            values.append(value)
+        elif kind.startswith("tensordesc"):
+            raise Unimplemented(f"{self._metadata.name}: tensor descriptors ({name})")
+        else:
+            values.append(value)
+
+
+class _Utils:
+    """The driver functions that Triton's runtime calls on a device."""
+
+    def __init__(self, chip):
+        self._chip = chip
+
+    def load_binary(self, name, binary, shared, device):
+        """(module, function, registers, spills, threads per block at most)"""
+        return name, name, 0, 0, 1024
+
+    def get_device_properties(self, device):
+        return {
+            "max_shared_mem": self._chip.shared_memory,
+            "multiprocessor_count": self._chip.multiprocessors,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
+
+
+class SimulatorDriver(DriverBase):
+    """What `triton.runtime.driver.active` is inside `simulate`."""
+
+    def __init__(self, arch):
+        chip = CHIPS[arch]
+        self._device = _FIRST_DEVICE + chip.capability
+        self._target = GPUTarget("cuda", chip.capability, 32)
+        self.utils, self.launcher_cls = _Utils(chip), _Launcher
+        self._interface = SimpleNamespace(
+            current_device=lambda: self._device,
+            set_device=lambda device: None,
+            device_count=lambda: 1,
+            is_available=lambda: True,
+            synchronize=lambda device=None: None,
+            get_device_capability=lambda device=None: divmod(chip.capability, 10),
+            get_device_properties=lambda device=None: SimpleNamespace(
+                name=f"simulated {arch}", multi_processor_count=chip.multiprocessors, warp_size=32
+            ),
+        )
+
+    @classmethod
+    def is_active(cls):
+        return bool(_simulations)
+
+    def map_python_to_cpp_type(self, kind):
+        return kind
+
+    def get_current_target(self):
+        return self._target
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return self._interface
+
+    def get_current_device(self):
+        return self._device
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_device_capability(self, device=None):
+        return divmod(self._target.arch, 10)
+
+    def assemble_tensormap_to_arg(self, descriptions, arguments):
+        return arguments
+
+    def get_benchmarker(self):
+        raise SimulatorError("the simulator measures no time: benchmarks and autotuning need a GPU")
+
+    get_empty_cache_for_benchmark = get_benchmarker
+
+    def clear_cache(self, cache):
+        self.get_benchmarker()
+
+
+@contextmanager
+def simulate(arch, *, seed=None, transform=None):
+    """Inside, Triton kernels take CPU tensors and run as compiled for `arch`; yields a `Simulation`.
+
+    arch: "sm_80", "sm_86", "sm_89" or "sm_90". seed: None runs warps in lock step, an int runs warps and blocks in a
+    random order that it determines. transform: a function from PTX to PTX, applied before a kernel runs (for tests that
+    plant faults).
+
+    Raises SimulatorError for an unknown arch and under TRITON_INTERPRET=1. What a kernel does wrong is raised where it
+    is launched, as a subclass of KernelError; the tensors are then as before the launch. The previous driver comes back
+    on leaving, whatever happened.
+    """
+    if arch not in CHIPS:
+        raise SimulatorError(f"simulate: no chip {arch!r}; one of {', '.join(CHIPS)} is required")
+    if knobs.runtime.interpret or os.environ.get("TRITON_INTERPRET") == "1":
+        raise SimulatorError("simulate: TRITON_INTERPRET=1 is set, so kernels are interpreted, not compiled; unset it")
+    previous = triton_driver._active
+    simulation = Simulation(arch, seed, transform)
+    _simulations.append(simulation)
+    knobs.runtime.kernel_load_start_hook.add(_keep_ptx)
+    triton_driver.set_active(SimulatorDriver(arch))
+    try:
+        yield simulation
+    finally:
+        triton_driver.set_active(previous)
+        _simulations.remove(simulation)
+        if not _simulations:
+            knobs.runtime.kernel_load_start_hook.remove(_keep_ptx)

@@ -1,0 +1,96 @@
+"""bra bar ret exit trap and the fences: where threads go, wait and meet."""
+
+from ..errors import KernelError
+from ..ptx import Immediate
+from .registry import guard_of, instruction, unknown
+
+
+def _stop():
+    from ..machine import STOP
+
+    return STOP
+
+
+@instruction("bra")
+def bra(inst, kernel):
+    target = inst.target
+    if inst.predicate is None:
+        return lambda team: target
+    guard = guard_of(inst, kernel)
+
+    def execute(team):
+        taken = guard(team)
+        if taken is None or taken is team.mask:
+            return target
+        if not taken.any():
+            return None
+        return team.fork(taken, target)
+
+    return execute
+
+
+@instruction("ret", "exit")
+def ret(inst, kernel):
+    stop, guard = _stop(), guard_of(inst, kernel)
+
+    def execute(team):
+        leaving = guard(team)
+        if inst.predicate is not None and leaving is not None:
+            staying = ~leaving if team.mask is None else team.mask & ~leaving
+            if staying.any():
+                team.go_on(team.pc + 1, staying)
+        return stop
+
+    return execute
+
+
+@instruction("trap")
+def trap(inst, kernel):
+    guard = guard_of(inst, kernel)
+
+    def execute(team):
+        hit = guard(team)
+        if hit is None or hit.any():
+            raise team.fault(
+                KernelError, "the kernel trapped (a device assertion failed)", 0 if hit is None else int(hit.argmax())
+            )
+
+    return execute
+
+
+@instruction("bar", "barrier")
+def bar(inst, kernel):
+    """bar.sync id: all threads of the block meet; `bar.warp.sync` orders a warp, which is always in order here."""
+    if inst.modifiers[0] == "warp":
+        return lambda team: None
+    barrier = inst.operands[0]
+    modifiers = set(inst.modifiers) - {"cta", "aligned"}
+    if (
+        modifiers != {"sync"}
+        or not isinstance(barrier, Immediate)
+        or inst.predicate is not None
+        or len(inst.operands) > 1
+    ):
+        raise unknown(inst)
+
+    def execute(team):
+        ticket = team.batch.arrive(team, team.mask, barrier.value)
+        return None if team.mask is None and team.batch.passed(ticket) else team.park(ticket)
+
+    return execute
+
+
+@instruction("fence", "membar")
+def fence(inst, kernel):
+    """Orders memory. Only fence.proxy.async has an effect here: it shows ordinary writes to asynchronous readers."""
+    if inst.modifiers[:2] == ("proxy", "async"):
+        return lambda team: team.races.proxy_fence(team)
+    if inst.modifiers[0] == "proxy":
+        raise unknown(inst)
+    return lambda team: None
+
+
+@instruction("nanosleep", "prefetch", "griddepcontrol", "setmaxnreg", "discard", "applypriority", "brkpt")
+def hint(inst, kernel):
+    """Changes when something happens, not what."""
+    return lambda team: None
