@@ -112,16 +112,16 @@ def draw_chart(chart, environment, rows, path):
 
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    width, height = 5.6 * columns + 0.6, 4.35 * lines + 0.65
+    width, height = 5.6 * columns + 0.6, 4.35 * lines + 0.75
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     title, subtitle = (
         chart.title.format(baseline=baseline or "the baseline"),
         _subtitle(chart, environment, rows, varying),
     )
     figure.text(0.25 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, weight="bold")
-    figure.text(0.25 / width, 1 - 0.56 / height, subtitle, fontsize=8.5, color=FAINT)
+    figure.text(0.25 / width, 1 - 0.42 / height, subtitle, fontsize=8.5, color=FAINT, va="top", linespacing=1.5)
     # Room for the header above, the notes below, the names of the lines at the right: all in inches.
-    figure.subplots_adjust(0.65 / width, 1.0 / height, 1 - 1.15 / width, 1 - 1.1 / height, wspace=0.42, hspace=0.55)
+    figure.subplots_adjust(0.65 / width, 1.0 / height, 1 - 1.15 / width, 1 - 1.2 / height, wspace=0.42, hspace=0.55)
     colours = colours_of([row[chart.series] for row in rows])
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (key, values) in zip(axes, panels.items()):
@@ -172,6 +172,9 @@ def _curves(chart, rows, baseline):
 
 def _draw_panel(axis, chart, rows, baseline, colours):
     curves = _curves(chart, rows, baseline)
+    if not curves:
+        axis.text(0.5, 0.5, "nothing was measured", transform=axis.transAxes, ha="center", color=FAINT)
+        axis.set(xticks=[], yticks=[])
     (_draw_bars if chart.kind == "bars" else _draw_lines)(axis, chart, curves, colours)
     if baseline is not None:
         axis.axhline(1.0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -244,16 +247,18 @@ def _draw_bars(axis, chart, curves, colours):
 
 
 def _subtitle(chart, environment, rows, varying):
-    """Device, what is the same in all rows, commit."""
+    """Device and what is the same in all rows; versions, commit and day."""
     same = [_word(field, rows[0][field]) for field in chart.facets if field not in varying]
-    commit = environment.get("commit")
-    commit = f"commit {commit[:9]}{' + changes' if environment.get('dirty') else ''}" if commit else None
     versions = [f"{name} {environment[name]}" for name in ("torch", "triton") if environment.get(name)]
-    return "  ·  ".join(filter(None, [environment.get("device"), ", ".join(same), *versions, commit]))
+    commit, day = environment.get("commit"), (environment.get("date") or "")[:10]
+    if commit:
+        versions.append(f"commit {commit[:9]}{' + changes' if environment.get('dirty') else ''}")
+    lines = [environment.get("device"), ", ".join(same)], [*versions, day]
+    return "\n".join("  ·  ".join(filter(None, words)) for words in lines)
 
 
 def _notes(chart, rows):
-    """What is not in the panel, and why: `out of memory: eager at 8k, 16k`."""
+    """What is not in the panel, and why: `eager at 8k, 16k (out of memory)`."""
     missing = {}
     for row in rows:
         if not _measured(chart, row):
@@ -263,7 +268,7 @@ def _notes(chart, rows):
     notes = []
     for reason, names in missing.items():
         where = [f"{name} at {', '.join(_size(x) for x in xs)}" for name, xs in names.items()]
-        notes += wrap(f"{reason}: {'; '.join(where)}", 95)
+        notes += wrap(f"{'; '.join(where)} ({reason})", 95)
     return "\n".join(notes)
 
 

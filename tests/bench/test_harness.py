@@ -173,3 +173,25 @@ def test_the_interpreter_is_never_timed(monkeypatch):
     with pytest.raises(harness.UsageError, match="the interpreter is never timed"):
         harness.resolve_device("auto")
     assert harness.resolve_device("cpu") == torch.device("cpu")
+
+
+def test_the_gpu_clock_flushes_before_each_call_and_reads_after_all(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, end):
+            log.append("read")
+            return 1.5
+
+    clock = harness.Clock("cpu")
+    clock.flush = type("Flush", (), {"zero_": lambda self: log.append("flush")})()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    assert clock._times_cuda(lambda: log.append("call"), 2) == [1.5, 1.5]
+    assert log == ["flush", "record", "call", "record"] * 2 + ["synchronize", "read", "read"]

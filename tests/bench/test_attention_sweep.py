@@ -1,0 +1,217 @@
+"""The attention sweep: a whole run on this machine, its gate and statuses, and each request that it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_plots import assert_chart
+
+import model.attention
+from bench import attention_sweep as sweep
+from kernels import reference
+from model.attention import register_attention
+
+ROOT = Path(sweep.__file__).parents[1]
+FIELDS = (
+    "backend, mode, dtype, B, H, T, D, causal, median_ms, p20_ms, p80_ms, tflops, peak_memory_mb, error, lane, status"
+)
+CASE = sweep.Case("float32", B=2, H=2, T=33, D=16, causal=True)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """`python bench/attention_sweep.py --quick` on the CPU, in a process of its own: (its output, its directory)."""
+    out = tmp_path_factory.mktemp("sweep") / "not" / "there yet"
+    command = [sys.executable, "bench/attention_sweep.py", "--quick", "--device", "cpu", "--heads", "2", "--out", out]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout, out
+
+
+def test_a_run_ends_with_the_table_and_its_files(quick_run):
+    output, out = quick_run
+    lines = output.splitlines()
+    assert lines[1].split()[:3] == ["backend", "mode", "dtype"]
+    names = ("attention_sweep.json", "attention_speedup.png", "attention_throughput.png")
+    assert lines[-3:] == [f"wrote {out / name}" for name in names]
+    assert sorted(os.listdir(out)) == sorted(names)
+    assert_chart(out / "attention_speedup.png")
+    assert_chart(out / "attention_throughput.png")
+
+
+def test_a_run_times_eager_and_sdpa_and_only_checks_triton(quick_run):
+    _, out = quick_run
+    data = json.loads((out / "attention_sweep.json").read_text())
+    rows = data["rows"]
+    assert all(list(row) == FIELDS.split(", ") for row in rows)
+    assert {(row["backend"], row["mode"]) for row in rows} == {
+        (name, mode) for name in ("eager", "sdpa", "triton") for mode in ("forward", "backward")
+    }
+    for row in rows:
+        assert 0 <= row["error"] < 1e-5
+        assert row["peak_memory_mb"] is None
+        if row["backend"] == "triton":
+            assert (row["lane"], row["status"]) == ("interpret", "not timed: no GPU")
+            assert row["median_ms"] is row["p20_ms"] is row["p80_ms"] is row["tflops"] is None
+        else:
+            assert (row["lane"], row["status"]) == ("cpu", "ok")
+            assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            flops = sweep.flops(row["mode"], sweep.Case(*(row[key] for key in ("dtype", *"BHTD", "causal"))))
+            assert row["tflops"] == pytest.approx(flops / row["median_ms"] / 1e9)
+
+
+def test_a_run_records_where_it_ran(quick_run):
+    _, out = quick_run
+    environment = json.loads((out / "attention_sweep.json").read_text())["environment"]
+    assert {"device", "driver", "torch", "triton", "commit", "dirty", "command"} <= environment.keys()
+    assert environment["command"].startswith("python bench/attention_sweep.py --quick --device cpu")
+
+
+def test_flops_are_those_of_the_papers():
+    case = sweep.Case("float16", B=8, H=16, T=2048, D=64, causal=False)
+    assert sweep.flops("forward", case) == 4 * 8 * 16 * 2048 * 2048 * 64
+    causal = sweep.Case("float16", B=8, H=16, T=2048, D=64, causal=True)
+    assert sweep.flops("forward", causal) == sweep.flops("forward", case) / 2
+    assert sweep.flops("backward", causal) == 2.5 * sweep.flops("forward", causal)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_the_oracle_in_chunks_is_the_definition_of_two_whole_heads(causal):
+    inputs = CASE.inputs("cpu")
+    leaves = [x.double().requires_grad_() for x in inputs[:3]]
+    o, _ = reference.attention(*leaves, causal=causal)
+    grads = torch.autograd.grad(o, leaves, inputs[3].double())
+    got = sweep.expected(inputs, torch.float64, causal, chunk=8)
+    for name, whole in zip(("o", "dq", "dk", "dv"), (o, *grads)):
+        mode = "forward" if name == "o" else "backward"
+        heads = torch.stack([whole[0, :1], whole[1, 1:]])  # the first head of row 0, the last of row 1
+        torch.testing.assert_close(got[mode][name], heads, rtol=0, atol=1e-13)
+
+
+def test_inputs_are_views_of_one_projection():
+    q, k, v, do = CASE.inputs("cpu")
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert q.stride() == (33 * 96, 16, 96, 1)
+    assert do.shape == q.shape == (2, 2, 33, 16)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(model.attention, "_BACKENDS", dict(model.attention._BACKENDS))
+
+
+def test_a_backend_that_is_wrong_gets_no_time(registry):
+    @register_attention("wrong")
+    def wrong(q, k, v, **options):
+        o, p = model.attention._BACKENDS["eager"].forward(q, k, v, **options)
+        return o + 1e-4 * o.detach().square(), p
+
+    rows = sweep.timed_rows(CASE, ["wrong", "sdpa"], ["forward"], torch.device("cpu"), quick=True)
+    assert rows[0]["status"].startswith("failed: error of o is ")
+    assert rows[0]["error"] > 1e-5
+    assert rows[0]["median_ms"] is rows[0]["tflops"] is None
+    assert rows[1]["status"] == "ok"
+
+
+def test_a_backend_whose_gradient_alone_is_wrong_gets_no_backward_time(registry):
+    @register_attention("halved")
+    def halved(q, k, v, **options):
+        return model.attention._BACKENDS["eager"].forward(q, (k + k.detach()) / 2, v, **options)
+
+    forward, backward = sweep.timed_rows(CASE, ["halved"], sweep.MODES, torch.device("cpu"), quick=True)
+    assert forward["status"] == "ok"
+    assert backward["status"].startswith("failed: error of dk is ")
+    assert backward["median_ms"] is None
+
+
+def test_out_of_memory_is_a_value_in_the_row(registry):
+    @register_attention("greedy")
+    def greedy(q, k, v, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 GiB")
+
+    rows = sweep.timed_rows(CASE, ["greedy", "eager"], ["backward"], torch.device("cpu"), quick=True)
+    assert [row["status"] for row in rows] == ["out of memory", "ok"]
+    assert rows[0]["median_ms"] is rows[0]["error"] is None
+
+
+def test_a_backends_own_error_is_not_hidden(registry):
+    @register_attention("broken")
+    def broken(q, k, v, **options):
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        sweep.timed_rows(CASE, ["broken"], ["forward"], torch.device("cpu"), quick=True)
+
+
+def test_what_cannot_serve_a_shape_says_so_in_its_row(registry):
+    @register_attention("small", max_head_dim=8)
+    def small(q, k, v, **options):
+        pytest.fail("called beyond its head dim")
+
+    # torch's CPU build has SDPA's flash and math kernels and not the others.
+    names = ["small", "sdpa-cudnn", "sdpa-math", "sdpa-flash"]
+    rows = sweep.timed_rows(CASE, names, ["forward"], torch.device("cpu"), quick=True)
+    assert [row["status"] for row in rows] == [
+        "not supported: head_dim 16 (its largest is 8)",
+        "not supported: SDPA has no such kernel for this request",
+        "ok",
+        "ok",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--backends flashy", "--backends flashy: unknown; choose from eager, sdpa, triton, sdpa-flash"),
+        ("--backends triton --head-dim 512", "triton does not support head_dim 512 (its largest is 256)"),
+        ("--backends triton --dtype bfloat16", "triton does not support bfloat16 in the interpret lane"),
+        ("--dtype float8", "argument --dtype: invalid choice: 'float8'"),
+        ("--seq-lens 10000000", "--seq-lens 10000000: at most 131072 is supported"),
+        ("--seq-lens 131072 --batch 1", "eager attention needs about 3840 GB for B = 1, H = 12; this machine has"),
+        ("--seq-lens 0", "argument --seq-lens: invalid positive whole number value: '0'"),
+        ("--heads two", "argument --heads: invalid positive whole number value: 'two'"),
+        ("--tokens 64 --batch 2", "argument --batch: not allowed with argument --tokens"),
+        ("--tokens 64 --seq-lens 32 128", "--tokens 64: a batch has whole sequences, the longest has T = 128"),
+        ("--mode sideways", "argument --mode: invalid choice: 'sideways'"),
+        ("--out /dev/null/x", "--out /dev/null/x: Not a directory; a directory that can be written is required"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_one_line_before_any_work(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "timed_rows", lambda *_: pytest.fail("work started"))
+    monkeypatch.setattr(sweep, "lane_rows", lambda *_: pytest.fail("work started"))
+    with pytest.raises(SystemExit) as exit:
+        sweep.main(["--device", "cpu", *arguments.split()])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("bench/attention_sweep.py: ")
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        sweep.main(["--device", "cuda", "--out", str(tmp_path / "out")])
+    assert exit.value.code == 2
+    message = "--device cuda: torch finds no GPU here (torch.cuda.is_available() is False)"
+    assert capsys.readouterr().err == f"bench/attention_sweep.py: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_times_the_kernel(tmp_path):
+    sweep.main(["--device", "cuda", "--quick", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "attention_sweep.json").read_text())["rows"]
+    assert {row["backend"] for row in rows} == {"eager", "sdpa", "triton", *sweep.SDPA_KERNELS}
+    for row in rows:
+        if row["backend"] in ("eager", "sdpa", "triton"):
+            assert (row["lane"], row["status"]) == ("gpu", "ok")
+            assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            assert row["peak_memory_mb"] > 0
