@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from lanes import across_lanes
 from peers import padded_batch, pair, spread, tiny_config
 
 from model import GPT2, GPT2Config, GPT2Model
@@ -36,6 +37,14 @@ def assert_equal_outputs(ours, theirs, ids, mask):
 def test_logits_and_loss_are_transformers(backend, padding):
     ours, theirs = pair(attn=backend)
     ids, mask = padded_batch(101, [17, 1, 9], 17, side=padding or "right")
+    assert_equal_outputs(ours, theirs, ids, mask if padding else None)
+
+
+@pytest.mark.parametrize("padding", PADDING, ids=str)
+@across_lanes(torch.float32)
+def test_logits_and_loss_are_transformers_with_our_kernels(lane, dtype, padding):
+    ours, theirs = (model.to(lane.device, dtype) for model in pair(attn="triton"))
+    ids, mask = (tensor.to(lane.device) for tensor in padded_batch(101, [17, 1, 9], 17, side=padding or "right"))
     assert_equal_outputs(ours, theirs, ids, mask if padding else None)
 
 
@@ -122,10 +131,20 @@ def test_hidden_states_attentions_and_other_inputs_are_transformers(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_gradients_of_a_training_step_are_transformers(backend, checkpointing):
+    assert_equal_training_step(backend, checkpointing, "cpu")
+
+
+@across_lanes()
+def test_gradients_of_a_training_step_are_transformers_with_our_kernels(lane):
+    assert_equal_training_step("triton", False, lane.device)
+
+
+def assert_equal_training_step(backend, checkpointing, device):
+    """Loss, every gradient, and the logits after an optimiser step."""
     config = tiny_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    ours, theirs = (model.train() for model in pair(config, attn=backend))
+    ours, theirs = (model.train().to(device) for model in pair(config, attn=backend))
     ours.gradient_checkpointing_enable(checkpointing)
-    ids, mask = padded_batch(101, [23, 7], 23)
+    ids, mask = (tensor.to(device) for tensor in padded_batch(101, [23, 7], 23))
     labels = ids.masked_fill(mask == 0, -100)
     losses = [model(ids, attention_mask=mask, labels=labels).loss for model in (ours, theirs)]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=LOSS)
