@@ -163,7 +163,8 @@ def _attention_forward_kernel(
             masked == 1,
         )
 
-    o = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    l_i = tl.where(l_i > 0, l_i, 1.0)  # a query that saw no key: acc is 0 and m_i is -inf
+    o = acc / l_i[:, None]
     if HAS_DROPOUT:
         o = o * keep_scale
     inside = offs_m < T_q

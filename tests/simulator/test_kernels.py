@@ -7,6 +7,7 @@ import torch
 import triton
 from lanes import across_lanes
 from numerics import assert_close
+
 from simulator import kernels
 
 CHIPS = ("sm_80", "sm_90")
