@@ -57,7 +57,7 @@ def _resources_nvidia(cubin):
 
 def _resources_amd(assembly):
     number = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
-    return number["vgpr_count"], number["vgpr_spill_count"] + number["sgpr_spill_count"]
+    return number["vgpr_count"], number["vgpr_spill_count"]  # scalar registers spill into vector ones, not to memory
 
 
 class _Driver:

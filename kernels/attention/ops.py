@@ -1,13 +1,14 @@
 """flash_attention and flash_attention_packed: validation, torch.library ops, autograd.
 
-Four ops are registered under torch.ops.gpt2: attention_forward and attention_backward for separate q, k, v, and
-packed_attention_forward and packed_attention_backward, which read the fused projection [B, T, 3C] in place and write
-its gradient as one tensor of that shape. All of them launch the same kernels.
+Five ops are registered under torch.ops.gpt2: attention_forward and attention_backward for separate q, k, v;
+attention_decode for a few queries against a cache; packed_attention_forward and packed_attention_backward, which read
+the fused projection [B, T, 3C] in place and write its gradient as one tensor of that shape, with the same kernels.
 """
 
 import torch
 
 from kernels.attention.backward import _launch_attention_backward
+from kernels.attention.decode import MAX_QUERIES, _launch_attention_decode
 from kernels.attention.forward import _launch_attention_forward
 from kernels.checks import (
     check_device,
@@ -46,6 +47,11 @@ def _forward_fake(q, k, v, *options):
     return q.new_empty(B, T_q, H, D).transpose(1, 2), q.new_empty(B, H, T_q, dtype=torch.float32)
 
 
+def _decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
+    check_device("flash_attention", q, "q")
+    return _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal)
+
+
 def _backward(do, q, k, v, o, lse, *options):
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, *options)
@@ -80,6 +86,12 @@ def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
 
 attention_forward = define_op(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _forward_fake
+)
+attention_decode = define_op(
+    "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? kv_start, Tensor? kv_end, Tensor? q_start, float scale,"
+    " bool causal) -> (Tensor, Tensor)",
+    _decode,
+    _forward_fake,
 )
 attention_backward = define_op(
     f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
@@ -131,6 +143,10 @@ class _FlashAttentionPacked(torch.autograd.Function):
         qkv, o, lse, *bounds = ctx.saved_tensors
         dqkv = packed_attention_backward(_unit_stride(do), qkv, o, lse, ctx.num_heads, *bounds, *ctx.numbers)
         return dqkv, *[None] * 8
+
+
+def _needs_gradient(*tensors):
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _unit_stride(do):
@@ -189,6 +205,8 @@ def flash_attention(
     dropout_p: probability that dropout zeroes a weight, in [0, 1), rounded to a multiple of 1 / 65536.
     dropout_seed: int64 [1] on the inputs' device; drawn from torch's generator there unless given.
 
+    Up to 16 queries against more keys, where no gradient is asked for, go through the split-KV kernels of decode.py.
+
     Returns o [B, H, T_q, D] in the inputs' dtype, in memory order [B, T_q, H, D]; with return_lse also the log-sum-exp
     of each query's scaled scores, [B, H, T_q] fp32, not differentiable. A query that sees no key gives 0, and
     lse = -inf. Scores and softmax are fp32; fp32 inputs are multiplied in fp32, never TF32.
@@ -215,7 +233,10 @@ def flash_attention(
         check_last_stride(function, tensor, name)
     B, _, _, D = q.shape
     options = _resolve(function, q, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start)
-    o, lse = _FlashAttention.apply(q, k, v, *options)
+    if q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2] and dropout_p == 0.0 and not _needs_gradient(q, k, v):
+        o, lse = attention_decode(q, k, v, *options[:3], *options[4:6])
+    else:
+        o, lse = _FlashAttention.apply(q, k, v, *options)
     return (o, lse * LN2) if return_lse else o
 
 

@@ -1,0 +1,207 @@
+"""Attention decode: a few queries (1 to 16) against a long cache, by splitting the keys over programs.
+
+With one query per head the forward kernel would give one program per head, and a chip of 132 SMs would idle. Here each
+program takes one split of SPLIT keys, one tile, without a loop, and leaves that split's output and log-sum-exp; a
+second kernel merges the splits of each query (Flash-Decoding, Dao et al., 2023). A single query is a matrix-vector
+product: multiply and sum, on no matrix unit, since a padded tl.dot would do sixteen times the work.
+
+The size of a split is fixed by the head dim; the number of splits is not chosen to fill the chip. So a row's result
+does not depend on the batch around it, nor on how long the cache's buffer is: the merge goes through the row's own
+splits in order, and stops where they end.
+
+FLOPs: 4 B H T_q T_k D. Bytes, least: k and v once each, 4 B H T_k D at two bytes per element; the partial results add
+8 T_q / SPLIT bytes per 4 bytes of cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.tiles import _load_rows, _row_bounds, _store_rows, _visible
+from kernels.library import LOG2E, device_of, dot_precision
+
+MAX_QUERIES = 16
+MERGED_AT_ONCE = 8
+
+
+@triton.jit
+def _attention_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,  # [B, H, splits, T_q, BLOCK_D] fp32: acc of each split
+    lse_ptr,  # [B, H, splits, T_q] fp32, log2 units
+    kv_start_ptr,
+    kv_end_ptr,
+    q_start_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt: tl.constexpr,
+    stride_vb,
+    stride_vh,
+    stride_vt: tl.constexpr,
+    H,
+    T_q,
+    T_k,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    split = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    b = head // H
+    h = head % H
+    kv_start, num_keys, diagonal = _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k)
+    if split * SPLIT >= num_keys:
+        return
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = split * SPLIT + tl.arange(0, SPLIT)
+    first_key = tl.cast(kv_start, tl.int64)
+    k_ptr += b * stride_kb + h * stride_kh + first_key * stride_kt
+    v_ptr += b * stride_vb + h * stride_vh + first_key * stride_vt
+    k = _load_rows(k_ptr, offs_n, stride_kt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [SPLIT, BLOCK_D]
+    v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [SPLIT, BLOCK_D]
+    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)
+
+    if BLOCK_M == 1:
+        s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]  # [1, SPLIT]
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision=DOT_PRECISION)  # [BLOCK_M, SPLIT]
+    s = tl.where(_visible(offs_m[:, None], offs_n[None, :], num_keys, diagonal, IS_CAUSAL), s, float("-inf"))
+    m_i = tl.max(s, 1) * scale_log2
+    m_shift = tl.where(m_i == float("-inf"), 0.0, m_i)
+    p = tl.math.exp2(s * scale_log2 - m_shift[:, None])
+    l_i = tl.sum(p, 1)
+    l_i = tl.where(l_i > 0, l_i, 1.0)
+    if BLOCK_M == 1:
+        acc = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]  # [1, BLOCK_D]
+    else:
+        acc = tl.dot(p.to(v.dtype), v, input_precision=DOT_PRECISION)  # [BLOCK_M, BLOCK_D]
+
+    inside = offs_m < T_q
+    row = (head * tl.num_programs(0) + split) * T_q
+    _store_rows(partial_ptr + row * BLOCK_D, acc / l_i[:, None], offs_m, BLOCK_D, inside, BLOCK_D, BLOCK_D)
+    tl.store(lse_ptr + row + offs_m, m_i + tl.log2(l_i), mask=inside)
+
+
+@triton.jit
+def _attention_merge_kernel(
+    partial_ptr,
+    split_lse_ptr,
+    o_ptr,
+    lse_ptr,
+    kv_start_ptr,
+    kv_end_ptr,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    H,
+    T_q,
+    T_k,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One query of one head: o = sum of its splits' outputs, weighted by exp2 of their log-sum-exp."""
+    i = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    b = head // H
+    h = head % H
+    _, num_keys, _ = _row_bounds(b, kv_start_ptr, kv_end_ptr, None, T_q, T_k)
+    filled = tl.cdiv(tl.maximum(num_keys, 0), SPLIT)
+    offs_d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    l_i = 0.0
+    m_i = float("-inf")
+    for first in tl.range(0, filled, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        row = (head * num_splits + offs_s) * T_q + i
+        lse = tl.load(split_lse_ptr + row, mask=offs_s < filled, other=float("-inf"))
+        partial = tl.load(partial_ptr + row[:, None] * BLOCK_D + offs_d, mask=(offs_s < filled)[:, None], other=0.0)
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
+        m_shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.math.exp2(lse - m_shift)
+        alpha = tl.math.exp2(m_i - m_shift)
+        l_i = l_i * alpha + tl.sum(weight, 0)
+        acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
+        m_i = m_new
+    l_i = tl.where(l_i > 0, l_i, 1.0)
+    o = acc / l_i
+    o_ptr += b * stride_ob + h * stride_oh + i.to(tl.int64) * stride_ot
+    tl.store(o_ptr + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    tl.store(lse_ptr + head * T_q + i, m_i + tl.log2(l_i))
+
+
+def _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
+    """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2. T_q <= 16."""
+    B, H, T_q, D = q.shape
+    T_k = k.shape[2]
+    o = torch.empty(B, T_q, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(B, H, T_q, dtype=torch.float32, device=q.device)
+    if o.numel() == 0:
+        return o, lse
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    SPLIT = split_size(D)
+    num_splits = triton.cdiv(T_k, SPLIT)
+    partial = torch.empty(B, H, num_splits, T_q, BLOCK_D, dtype=torch.float32, device=q.device)
+    split_lse = torch.empty(B, H, num_splits, T_q, dtype=torch.float32, device=q.device)
+    with device_of(q):
+        _attention_decode_kernel[(num_splits, B * H)](
+            q,
+            k,
+            v,
+            partial,
+            split_lse,
+            kv_start,
+            kv_end,
+            q_start,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            H,
+            T_q,
+            T_k,
+            scale * LOG2E,
+            HEAD_DIM=D,
+            BLOCK_D=BLOCK_D,
+            BLOCK_M=1 if T_q == 1 else MAX_QUERIES,
+            SPLIT=SPLIT,
+            IS_CAUSAL=causal,
+            DOT_PRECISION=dot_precision(q.dtype),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        _attention_merge_kernel[(T_q, B * H)](
+            partial,
+            split_lse,
+            o,
+            lse,
+            kv_start,
+            kv_end,
+            *o.stride()[:3],
+            H,
+            T_q,
+            T_k,
+            num_splits,
+            HEAD_DIM=D,
+            BLOCK_D=BLOCK_D,
+            BLOCK_S=MERGED_AT_ONCE,
+            SPLIT=SPLIT,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+    return o, lse
+
+
+def split_size(head_dim):
+    """Keys per split: a tile of k of 16 KB at two bytes per element, and never fewer than tl.dot takes."""
+    return max(16, min(128, 8192 // triton.next_power_of_2(head_dim)))
