@@ -1,8 +1,8 @@
 """Tile shapes, warps and pipeline stages per chip, head dim and direction: a table, no search at run time.
 
 Every row runs on its chips: it fits their shared memory and spills no register, which the compile lane asserts at the
-pinned Triton, with one exception that it names. Rows were chosen from compiled code (registers, spills, resident blocks), not from times: none of them
-was measured on hardware yet.
+pinned Triton, with one exception that it names. Rows were chosen from compiled code (registers, spills, resident
+blocks), not from times: none of them was measured on hardware yet.
 """
 
 from dataclasses import dataclass
