@@ -50,14 +50,14 @@ SIZES = {
     ("cuda", False): ((128, 256, 512, 1024, 2048, 4096, 8192, 16384), 16384),
     ("cuda", True): ((128, 1024, 4096), 4096),
     ("cpu", False): ((128, 256, 512, 1024), 1024),
-    ("cpu", True): ((32, 64), 64),
+    ("cpu", True): ((64, 128, 256), 256),
 }
 MAX_T = 2**17  # beyond it the float64 oracle alone takes minutes
 
 # Where the Triton kernel is checked on a machine without a GPU: the lane, its dtypes, the sequence lengths.
 LANE = "interpret"
 LANE_DTYPES = ("float32", "float16")
-LANE_SEQ_LENS = {False: (64, 128), True: (32,)}
+LANE_SEQ_LENS = {False: (64, 128, 256), True: (64,)}
 
 COLUMNS = ("backend", "mode", "dtype", "B", "T", "median_ms", "p20_ms", "p80_ms", "tflops", "peak_memory_mb", "error")
 COLUMNS += ("lane", "status")
@@ -112,8 +112,12 @@ def make_call(mode, name, inputs, causal):
 
 def refusal(name, device, dtype, head_dim):
     """Why the backend cannot serve such tensors, in the registry's words, or None."""
-    backend = get_attention("sdpa" if name in SDPA_KERNELS else name)
-    return backend.refusal(device=device, dtype=harness.DTYPES[dtype], head_dim=head_dim)
+    request = {"device": device, "dtype": harness.DTYPES[dtype], "head_dim": head_dim}
+    reason = get_attention("sdpa" if name in SDPA_KERNELS else name).refusal(**request)
+    on_gpu = torch.device(device).type == "cuda"
+    if reason is None and name == "triton" and on_gpu and get_attention("auto", **request).name != "triton":
+        return "this GPU (compute capability 8.0 or newer is required)"
+    return reason
 
 
 # The gate
@@ -225,11 +229,20 @@ def lane_verdicts(cases, modes):
     """[(case, mode, error, status)] of the Triton kernel; runs in the lane's process."""
     verdicts = []
     for case in cases:
+        reason = lane_refusal(case.dtype) or refusal("triton", "cpu", case.dtype, case.D)
+        if reason is not None:
+            verdicts += [(case, mode, None, f"not supported: {reason}") for mode in modes]
+            continue
         inputs = case.inputs("cpu")
         baseline, oracle = references(case, inputs)
         for mode in modes:
             verdicts.append((case, mode, *check(mode, "triton", inputs, case.causal, baseline, oracle)))
     return verdicts
+
+
+def lane_refusal(dtype):
+    """Why LANE cannot run the kernel in this dtype, or None."""
+    return None if dtype in LANE_DTYPES else f"{dtype} in the {LANE} lane (it computes {', '.join(LANE_DTYPES)})"
 
 
 # The command
@@ -291,12 +304,9 @@ def _complete_backends(args):
         if name not in known:
             raise UsageError(f"--backends {name}: unknown; choose from {', '.join(known)}")
         for dtype in args.dtype:
-            in_lane = name == "triton" and args.device.type == "cpu"
-            reason = refusal(name, "cuda" if in_lane else args.device, dtype, args.head_dim)
-            if reason is None and in_lane and dtype not in LANE_DTYPES:
-                reason = (
-                    f"{dtype} in the {LANE} lane, the one that can run it here (it computes {', '.join(LANE_DTYPES)})"
-                )
+            reason = refusal(name, args.device, dtype, args.head_dim)
+            if name == "triton" and args.device.type == "cpu":
+                reason = reason or lane_refusal(dtype)
             if reason is not None:
                 raise UsageError(f"--backends {name} does not support {reason}")
 
@@ -330,8 +340,7 @@ def main(argv=None):
     for case in harness.progress(cases(args.seq_lens, args.batch) if timed else [], "attention"):
         rows += timed_rows(case, timed, args.mode, args.device, args.quick)
     if in_lane:
-        checked = [case for case in cases(LANE_SEQ_LENS[args.quick], 1) if case.dtype in LANE_DTYPES]
-        rows += lane_rows(checked, args.mode)
+        rows += lane_rows(cases(LANE_SEQ_LENS[args.quick], 1), args.mode)
     rows.sort(key=lambda r: (args.mode.index(r["mode"]), args.dtype.index(r["dtype"]), r["T"]))
 
     print(f"{environment['device']}: H = {args.heads}, D = {args.head_dim}, {'full' if args.full else 'causal'}")

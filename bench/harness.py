@@ -132,7 +132,7 @@ class Clock:
     """Times calls on one device.
 
     cuda: device events around each call. Before each the L2 cache is overwritten, which also gives the host the time
-    to run ahead, so that short kernels are not timed by their launches.
+    to run ahead; where it still cannot keep up, its gaps between launches are part of the time, as they are in a model.
     cpu: the wall clock; caches are as the call before left them.
     """
 

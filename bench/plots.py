@@ -112,7 +112,7 @@ def draw_chart(chart, environment, rows, path):
 
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    width, height = 5.6 * columns + 0.6, 4.35 * lines + 0.75
+    width, height = 5.6 * columns + 0.75, 4.35 * lines + 0.75
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     title, subtitle = (
         chart.title.format(baseline=baseline or "the baseline"),
@@ -121,7 +121,7 @@ def draw_chart(chart, environment, rows, path):
     figure.text(0.25 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, weight="bold")
     figure.text(0.25 / width, 1 - 0.42 / height, subtitle, fontsize=8.5, color=FAINT, va="top", linespacing=1.5)
     # Room for the header above, the notes below, the names of the lines at the right: all in inches.
-    figure.subplots_adjust(0.65 / width, 1.0 / height, 1 - 1.15 / width, 1 - 1.2 / height, wspace=0.42, hspace=0.55)
+    figure.subplots_adjust(0.8 / width, 1.0 / height, 1 - 1.15 / width, 1 - 1.2 / height, wspace=0.42, hspace=0.55)
     colours = colours_of([row[chart.series] for row in rows])
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (key, values) in zip(axes, panels.items()):
@@ -253,7 +253,10 @@ def _subtitle(chart, environment, rows, varying):
     commit, day = environment.get("commit"), (environment.get("date") or "")[:10]
     if commit:
         versions.append(f"commit {commit[:9]}{' + changes' if environment.get('dirty') else ''}")
-    lines = [environment.get("device"), ", ".join(same)], [*versions, day]
+    device = environment.get("device")
+    if device and device == environment.get("cpu") and environment.get("threads"):
+        device += f", {environment['threads']} threads"
+    lines = [device, ", ".join(same)], [*versions, day]
     return "\n".join("  ·  ".join(filter(None, words)) for words in lines)
 
 

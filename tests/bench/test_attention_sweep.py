@@ -100,6 +100,19 @@ def test_inputs_are_views_of_one_projection():
     assert do.shape == q.shape == (2, 2, 33, 16)
 
 
+def test_a_dtype_that_the_lane_gets_wrong_is_refused_in_its_row():
+    case = sweep.Case("bfloat16", B=1, H=1, T=16, D=16, causal=True)
+    status = "not supported: bfloat16 in the interpret lane (it computes float32, float16)"
+    assert sweep.lane_verdicts([case], ["forward"]) == [(case, "forward", None, status)]
+
+
+def test_triton_refuses_a_gpu_older_than_its_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = "this GPU (compute capability 8.0 or newer is required)"
+    assert sweep.refusal("triton", "cuda", "float16", 64) == reason
+    assert sweep.refusal("sdpa-flash", "cuda", "float16", 64) is None
+
+
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(model.attention, "_BACKENDS", dict(model.attention._BACKENDS))

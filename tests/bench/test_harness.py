@@ -162,6 +162,8 @@ def test_a_directory_that_cannot_be_written_is_found_before_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(harness.UsageError, match=r"--out .*file/below: Not a directory; a directory that can be"):
         harness.output_directory(tmp_path / "file" / "below")
+    with pytest.raises(harness.UsageError, match=r"--out /proc: .*; a directory that can be written is required"):
+        harness.output_directory("/proc")  # it is there, and nobody can write to it
     made = harness.output_directory(tmp_path / "a" / "b")
     assert stat.S_ISDIR(made.stat().st_mode)
     assert os.listdir(made) == []
