@@ -5,7 +5,7 @@
 
 On a GPU every backend is timed, SDPA once by torch's own choice (sdpa) and once by each kernel that it chooses from
 (sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math). On a CPU eager and SDPA are timed; the Triton kernel is checked in
-Triton's interpreter, in a process of its own, and not timed.
+Triton's interpreter or, in bf16, on a simulated A100, at short lengths of its own, and not timed.
 
 Inputs are as in GPT-2: q, k, v [B, H, T, D] are views of one fused projection [B, T, 3HD], random normal. `forward` has
 no graph; `backward` is the gradient by q, k and v alone, its forward pass done before.
@@ -22,8 +22,10 @@ inputs, for backward with its forward pass.
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from unittest import mock
 
@@ -33,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import harness
 from bench.harness import OK, UsageError
 from kernels import reference
+from kernels.simulator import simulate
 from model.attention import attention, attention_backends, get_attention, split_heads
 
 MODES = ("forward", "backward")
@@ -54,9 +57,8 @@ SIZES = {
 }
 MAX_T = 2**17  # beyond it the float64 oracle alone takes minutes
 
-# Where the Triton kernel is checked on a machine without a GPU: the lane, its dtypes, the sequence lengths.
-LANE = "interpret"
-LANE_DTYPES = ("float32", "float16")
+# Where the Triton kernel is checked on a machine without a GPU. The interpreter gets bf16 products wrong.
+LANES = {"float32": "interpret", "float16": "interpret", "bfloat16": "simulate sm_80"}
 LANE_SEQ_LENS = {False: (64, 128, 256), True: (64,)}
 
 COLUMNS = ("backend", "mode", "dtype", "B", "T", "median_ms", "p20_ms", "p80_ms", "tflops", "peak_memory_mb", "error")
@@ -211,38 +213,36 @@ def _both(mode, name, inputs, causal):
 
 
 def lane_rows(cases, modes):
-    """Rows of the Triton kernel where there is no GPU: its error from LANE, and no time."""
-    # A process of its own, since Triton chooses its interpreter when kernels are imported.
-    with (
-        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
-        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
-    ):
-        verdicts = process.submit(lane_verdicts, cases, modes).result()
+    """Rows of the Triton kernel where there is no GPU: its error from the dtype's lane, and no time."""
     rows = []
-    for case, mode, error, status in verdicts:
-        status = "not timed: no GPU" if status == OK else status
-        rows.append(row("triton", mode, case, LANE) | {"error": error, "status": status})
+    for lane in dict.fromkeys(LANES[case.dtype] for case in cases):
+        # A process of its own, since Triton chooses its interpreter when kernels are imported.
+        interpreted = {"TRITON_INTERPRET": "1" if lane == "interpret" else "0"}
+        with (
+            mock.patch.dict(os.environ, interpreted),
+            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
+        ):
+            mine = [case for case in cases if LANES[case.dtype] == lane]
+            rows += process.submit(rows_in_lane, lane, mine, modes).result()
     return rows
 
 
-def lane_verdicts(cases, modes):
-    """[(case, mode, error, status)] of the Triton kernel; runs in the lane's process."""
-    verdicts = []
-    for case in cases:
-        reason = lane_refusal(case.dtype) or refusal("triton", "cpu", case.dtype, case.D)
+def rows_in_lane(lane, cases, modes):
+    """lane_rows of one lane; runs in that lane's process."""
+    rows = []
+    for case, mode in product(cases, modes):
+        entry = row("triton", mode, case, lane)
+        rows.append(entry)
+        reason = refusal("triton", "cpu", case.dtype, case.D)
         if reason is not None:
-            verdicts += [(case, mode, None, f"not supported: {reason}") for mode in modes]
+            entry["status"] = f"not supported: {reason}"
             continue
         inputs = case.inputs("cpu")
-        baseline, oracle = references(case, inputs)
-        for mode in modes:
-            verdicts.append((case, mode, *check(mode, "triton", inputs, case.causal, baseline, oracle)))
-    return verdicts
-
-
-def lane_refusal(dtype):
-    """Why LANE cannot run the kernel in this dtype, or None."""
-    return None if dtype in LANE_DTYPES else f"{dtype} in the {LANE} lane (it computes {', '.join(LANE_DTYPES)})"
+        with nullcontext() if lane == "interpret" else simulate(lane.split()[1]):
+            entry["error"], entry["status"] = check(mode, "triton", inputs, case.causal, *references(case, inputs))
+        if entry["status"] == OK:
+            entry["status"] = "not timed: no GPU"
+    return rows
 
 
 # The command
@@ -305,8 +305,6 @@ def _complete_backends(args):
             raise UsageError(f"--backends {name}: unknown; choose from {', '.join(known)}")
         for dtype in args.dtype:
             reason = refusal(name, args.device, dtype, args.head_dim)
-            if name == "triton" and args.device.type == "cpu":
-                reason = reason or lane_refusal(dtype)
             if reason is not None:
                 raise UsageError(f"--backends {name} does not support {reason}")
 

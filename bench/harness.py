@@ -240,7 +240,7 @@ def judge(results, *, factor):
 
 
 def environment(device, command):
-    """Where and how rows were measured: device, driver, versions, commit, command, date. None: unknown."""
+    """Where and how rows are measured: device, driver, versions, commit, command, date. None: unknown."""
     device = torch.device(device)
     cpu = _cpu_name()
     try:
@@ -258,6 +258,7 @@ def environment(device, command):
         "os": f"{platform.system()} {platform.machine()}",
         "cpu": cpu,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # of the last minute: how far others shared the CPU
         "commit": _output_of("git", "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "command": command,

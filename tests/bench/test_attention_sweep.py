@@ -100,10 +100,15 @@ def test_inputs_are_views_of_one_projection():
     assert do.shape == q.shape == (2, 2, 33, 16)
 
 
-def test_a_dtype_that_the_lane_gets_wrong_is_refused_in_its_row():
-    case = sweep.Case("bfloat16", B=1, H=1, T=16, D=16, causal=True)
-    status = "not supported: bfloat16 in the interpret lane (it computes float32, float16)"
-    assert sweep.lane_verdicts([case], ["forward"]) == [(case, "forward", None, status)]
+def test_bf16_is_checked_in_the_lane_that_gets_it_right():
+    (row,) = sweep.lane_rows([sweep.Case("bfloat16", B=1, H=1, T=16, D=16, causal=True)], ["forward"])
+    assert (row["lane"], row["status"]) == ("simulate sm_80", "not timed: no GPU")
+    assert 0 < row["error"] < 0.05
+
+
+def test_a_head_dim_beyond_the_kernel_is_refused_in_its_row():
+    (row,) = sweep.rows_in_lane("interpret", [sweep.Case("float32", 1, 1, 16, 512, True)], ["forward"])
+    assert row["status"] == "not supported: head_dim 512 (its largest is 256)"
 
 
 def test_triton_refuses_a_gpu_older_than_its_kernels(monkeypatch):
@@ -182,7 +187,6 @@ def test_what_cannot_serve_a_shape_says_so_in_its_row(registry):
     [
         ("--backends flashy", "--backends flashy: unknown; choose from eager, sdpa, triton, sdpa-flash"),
         ("--backends triton --head-dim 512", "triton does not support head_dim 512 (its largest is 256)"),
-        ("--backends triton --dtype bfloat16", "triton does not support bfloat16 in the interpret lane"),
         ("--dtype float8", "argument --dtype: invalid choice: 'float8'"),
         ("--seq-lens 10000000", "--seq-lens 10000000: at most 131072 is supported"),
         ("--seq-lens 131072 --batch 1", "eager attention needs about 3840 GB for B = 1, H = 12; this machine has"),
