@@ -68,6 +68,15 @@ def check_row_vector(function, tensor, name, B, device):
         )
 
 
+def refuse_transforms(function):
+    """torch.func's transforms (vmap, grad, jvp) wrap tensors in levels that a kernel cannot see through."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{function}: torch.func transforms are not supported; make the vmapped dimension part of the batch, take "
+            "gradients with autograd, or use the plain-PyTorch form (kernels.reference)"
+        )
+
+
 def refuse_second_derivative(function):
     """Called in backward, where gradients are on only if somebody asked for the gradient's own graph."""
     if torch.is_grad_enabled():

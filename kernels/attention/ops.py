@@ -17,6 +17,7 @@ from kernels.checks import (
     check_row_vector,
     check_same,
     refuse_second_derivative,
+    refuse_transforms,
 )
 from kernels.library import LN2, define_op
 
@@ -156,6 +157,7 @@ def _unit_stride(do):
 
 def _resolve(function, tensor, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start):
     """Checks what both public functions share and fills defaults: the options of the ops, in their order."""
+    refuse_transforms(function)
     check_dtype(function, tensor, "the input")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"{function}: head_dim is {D}; it must be from 1 to {MAX_HEAD_DIM}")

@@ -27,6 +27,9 @@ SHAPES = [
     (2, 1, 1, 129, 64),
     (1, 2, 5, 129, 40),
     (1, 1, 70, 17, 64),
+    (1, 1, 33, 33, 96),
+    (1, 1, 33, 33, 160),
+    (1, 1, 17, 17, 256),
 ]
 
 # Each shape compiles three kernels, so that the simulated chips run the few that differ most.
@@ -306,6 +309,65 @@ def test_a_second_derivative_is_refused(lane, dtype):
     q, k, v, _ = (x.requires_grad_() for x in inputs((1, 1, 8, 8, 16), dtype, lane.device))
     with pytest.raises(RuntimeError, match="flash_attention: no second derivative"):
         torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
+
+
+@a_property
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_replays_dropout(lane, dtype, use_reentrant):
+    qkv = torch.randn(2, 20, 96, device=lane.device, dtype=dtype, requires_grad=True)
+
+    def layer(qkv):
+        return flash_attention_packed(qkv * 2, 2, dropout_p=0.3)
+
+    torch.manual_seed(1)
+    layer(qkv).float().square().sum().backward()
+    plain, qkv.grad = qkv.grad, None
+    torch.manual_seed(1)
+    torch.utils.checkpoint.checkpoint(layer, qkv, use_reentrant=use_reentrant).float().square().sum().backward()
+    assert torch.equal(plain, qkv.grad)
+
+
+@a_property
+def test_autocast_changes_nothing(lane, dtype):
+    """The kernel computes in the dtype that it is given: under autocast, that of the projection before it."""
+    qkv = torch.randn(2, 20, 96, device=lane.device, dtype=dtype)
+    with torch.autocast(lane.device, dtype=torch.bfloat16):
+        inside = flash_attention_packed(qkv, 2)
+    assert torch.equal(inside, flash_attention_packed(qkv, 2))
+
+
+def test_transforms_of_torch_func_are_refused():
+    q = torch.zeros(3, 1, 2, 8, 16)
+    with pytest.raises(
+        RuntimeError, match=r"flash_attention: torch.func transforms are not supported; make the vmapped"
+    ):
+        torch.func.vmap(flash_attention)(q, q, q)
+    with pytest.raises(RuntimeError, match="take gradients with autograd"):
+        torch.func.grad(lambda x: flash_attention_packed(x, 2).sum())(torch.zeros(1, 8, 96))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("part", ["row", "head", "token"])
+def test_strides_beyond_two_to_the_31_elements(part):
+    """A view of 4 GiB and more of address space, of which only the rows that are read ever exist."""
+    torch.use_deterministic_algorithms(False)
+    far = 2**31 // 2 + 64
+    storage = torch.empty(2 * far + 4096, dtype=F16)
+    shape, strides = {
+        "row": ((3, 1, 4, 16), (far, 64, 64, 1)),
+        "head": ((1, 3, 4, 16), (64, far, 64, 1)),
+        "token": ((1, 1, 3, 16), (64, 64, far, 1)),
+    }[part]
+    q, k, v = (torch.as_strided(storage, shape, strides, offset) for offset in (0, 16, 32))
+    for x in (q, k, v):
+        x.copy_(torch.randn(shape))
+    near = with_gradients(flash_attention, *(x.clone() for x in (q, k, v)), torch.ones(shape, dtype=F16))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = flash_attention(*leaves)
+    for one, other in zip(near, (o, *torch.autograd.grad(o, leaves, torch.ones(shape, dtype=F16)))):
+        assert torch.equal(one, other)
+    decoded = flash_attention(q[:, :, -1:], k, v)
+    torch.testing.assert_close(decoded, o[:, :, -1:], atol=2e-3, rtol=0)
 
 
 # Errors: before anything is launched, with what came and what is required
