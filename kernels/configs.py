@@ -7,8 +7,6 @@ blocks), not from times: none of them was measured on hardware yet.
 
 from dataclasses import dataclass
 
-import torch
-
 from kernels.library import active_arch
 
 # What a section of heads may occupy of L2; the smallest supported chip's L2 with room to spare for queries and outputs.
@@ -26,6 +24,13 @@ class AttentionConfig:
 
 
 C = AttentionConfig
+# fp32 is multiplied by FMA with its operands in registers, whole rows of them: small tiles. dq at a head dim of 256
+# spills about 200 bytes in every shape that was tried.
+_FP32 = {
+    ("forward", 4): {64: C(64, 32, 8, 2), 128: C(16, 32, 4, 1), 256: C(32, 16, 8, 1)},
+    ("dq", 4): {64: C(32, 32, 4, 2), 128: C(16, 16, 8, 1), 256: C(16, 16, 8, 1)},
+    ("dkdv", 4): {64: C(32, 32, 8, 2), 128: C(16, 32, 8, 1), 256: C(16, 16, 4, 1)},
+}
 # {family: {(direction, bytes per element): {largest padded head dim: config}}}
 _ATTENTION = {
     # 163 KB of shared memory and mma.sync (A100).
@@ -33,31 +38,31 @@ _ATTENTION = {
         ("forward", 2): {64: C(128, 64, 4, 3), 128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)},
         ("dq", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 2)},
         ("dkdv", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 2)},
+        **_FP32,
     },
     # 99 KB of shared memory (RTX 30, 40, 50, L4, A10).
     "sm_86": {
         ("forward", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
         ("dq", 2): {64: C(64, 64, 4, 2), 128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)},
         ("dkdv", 2): {64: C(64, 64, 4, 2), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 1)},
+        **_FP32,
     },
     # 227 KB of shared memory and WGMMA, which wants 64 rows per group of four warps (H100, H200, B200).
     "sm_90": {
-        ("forward", 2): {64: C(128, 64, 4, 3), 128: C(128, 64, 8, 3), 256: C(64, 64, 4, 2)},
+        ("forward", 2): {64: C(128, 64, 4, 3), 128: C(128, 64, 8, 3), 256: C(128, 64, 8, 2)},
         ("dq", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
         ("dkdv", 2): {64: C(64, 64, 4, 2), 128: C(64, 64, 8, 2), 256: C(32, 32, 8, 2)},
+        **_FP32,
     },
     # 64 KB of LDS, wavefronts of 64 (MI300).
     "gfx942": {
         ("forward", 2): {64: C(128, 32, 4, 1), 128: C(128, 64, 4, 1), 256: C(64, 32, 4, 1)},
         ("dq", 2): {64: C(64, 32, 4, 1), 128: C(64, 32, 4, 1), 256: C(32, 32, 4, 1)},
         ("dkdv", 2): {64: C(32, 64, 4, 1), 128: C(64, 32, 4, 1), 256: C(32, 32, 4, 1)},
+        ("forward", 4): {64: C(64, 32, 4, 1), 128: C(32, 32, 4, 1), 256: C(16, 32, 4, 1)},
+        ("dq", 4): {64: C(32, 32, 4, 1), 128: C(32, 16, 4, 1), 256: C(16, 16, 4, 1)},
+        ("dkdv", 4): {64: C(32, 32, 4, 1), 128: C(16, 32, 4, 1), 256: C(16, 16, 4, 1)},
     },
-}
-# fp32 is multiplied by FMA with its operands in registers, whole rows of them: small tiles.
-_ATTENTION_FP32 = {
-    ("forward", 4): {64: C(64, 32, 8, 2), 128: C(16, 32, 4, 1), 256: C(32, 16, 8, 1)},
-    ("dq", 4): {64: C(32, 32, 4, 2), 128: C(16, 16, 8, 1), 256: C(16, 16, 8, 1)},
-    ("dkdv", 4): {64: C(32, 32, 8, 2), 128: C(16, 32, 8, 1), 256: C(16, 16, 4, 1)},
 }
 
 
@@ -72,9 +77,8 @@ def family(arch):
 
 def attention_config(direction, dtype, head_dim):
     """The tile shape for "forward", "dq" or "dkdv" on the chip that kernels are compiled for now."""
-    size = dtype.itemsize
-    table = _ATTENTION_FP32 if dtype == torch.float32 else _ATTENTION[family(active_arch())]
-    return next(config for limit, config in table[direction, size].items() if head_dim <= limit)
+    rows = _ATTENTION[family(active_arch())][direction, dtype.itemsize]
+    return next(config for limit, config in rows.items() if head_dim <= limit)
 
 
 def heads_in_l2(bytes_per_head, heads):

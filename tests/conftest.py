@@ -11,6 +11,8 @@ def _marks(config):
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the workers share the cores
     # Triton reads the variable when a kernel is decorated, so it is set before any test module imports kernels.
     if _marks(config).strip() == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"
