@@ -5,7 +5,7 @@ program takes one split of SPLIT keys, one tile, without a loop, and leaves that
 second kernel merges the splits of each query (Flash-Decoding, Dao et al., 2023). A single query is a matrix-vector
 product: multiply and sum, on no matrix unit, since a padded tl.dot would do sixteen times the work.
 
-The size of a split is fixed by the head dim; the number of splits is not chosen to fill the chip. So a row's result
+The size of a split is fixed by the head dim and the dtype; the number of splits is not chosen to fill the chip. So a row's result
 does not depend on the batch around it, nor on how long the cache's buffer is: the merge goes through the row's own
 splits in order, and stops where they end.
 
@@ -150,7 +150,7 @@ def _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
     if o.numel() == 0:
         return o, lse
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    SPLIT = split_size(D)
+    SPLIT = split_size(D, q.element_size())
     num_splits = triton.cdiv(T_k, SPLIT)
     partial = torch.empty(B, H, num_splits, T_q, BLOCK_D, dtype=torch.float32, device=q.device)
     split_lse = torch.empty(B, H, num_splits, T_q, dtype=torch.float32, device=q.device)
@@ -202,6 +202,6 @@ def _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
     return o, lse
 
 
-def split_size(head_dim):
-    """Keys per split: a tile of k of 16 KB at two bytes per element, and never fewer than tl.dot takes."""
-    return max(16, min(128, 8192 // triton.next_power_of_2(head_dim)))
+def split_size(head_dim, bytes_per_element):
+    """Keys per split: a tile of k of 16 KB, and never fewer than tl.dot takes."""
+    return max(16, min(128, 2**14 // (triton.next_power_of_2(head_dim) * bytes_per_element)))

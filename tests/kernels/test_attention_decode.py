@@ -124,7 +124,7 @@ def test_decode_passes_opcheck(lane, dtype):
 @pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lanes.short)
 def test_decode_compiles_fits_and_does_not_spill(arch, dtype):
-    for T_q, head_dim in ((1, 64), (4, 64), (1, 256)):
+    for T_q, head_dim in ((1, 64), (4, 64), (1, 256), (4, 256)):
         q, k, v, _ = inputs((1, 2, T_q, 64, head_dim), dtype, "cpu")
         with compiling.compile_only(arch) as kernels:
             flash_attention(q, k, v)
