@@ -1,13 +1,8 @@
 """What calling a tokenizer returns: a dict of equally long rows, in lists, NumPy arrays or torch tensors."""
 
-PADDING = {
-    True: "longest",
-    "longest": "longest",
-    "max_length": "max_length",
-    False: None,
-    None: None,
-    "do_not_pad": None,
-}
+PADDING = {True: "longest", "longest": "longest", "max_length": "max_length"} | dict.fromkeys(
+    [False, None, "do_not_pad"]
+)
 
 
 class BatchEncoding(dict):

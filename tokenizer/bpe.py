@@ -7,7 +7,7 @@ which wins for words. `_merge_long` keeps the ranks in a heap: n log n.
 """
 
 from heapq import heapify, heappop, heappush
-from itertools import repeat
+from itertools import pairwise, repeat
 
 NO_MERGE = 1 << 40
 SHORT = 128
@@ -32,7 +32,7 @@ class BytePairEncoder:
 
 def _merge_short(ids, ranks, products):
     rank_of = ranks.get
-    pairs = list(map(rank_of, zip(ids, ids[1:]), repeat(NO_MERGE)))  # pairs[i] is the rank of ids[i], ids[i + 1]
+    pairs = list(map(rank_of, pairwise(ids), repeat(NO_MERGE)))  # pairs[i] is the rank of ids[i], ids[i + 1]
     while pairs:
         best = min(pairs)
         if best == NO_MERGE:
@@ -57,7 +57,7 @@ def _merge_long(ids, ranks, products):
     rank_of = ranks.get
     following = list(range(1, n + 1))
     preceding = list(range(-1, n - 1))
-    pairs = list(map(rank_of, zip(ids, ids[1:]), repeat(NO_MERGE)))
+    pairs = list(map(rank_of, pairwise(ids), repeat(NO_MERGE)))
     pairs.append(NO_MERGE)
     heap = [rank * n + i for i, rank in enumerate(pairs) if rank != NO_MERGE]
     heapify(heap)

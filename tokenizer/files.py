@@ -1,6 +1,7 @@
 """Vocabularies in files: Hugging Face's layouts, both ways, from a directory or the hub."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from .vocabulary import END_OF_TEXT, Vocabulary, encoder_json, gpt2_vocabulary, merges_txt, read_merges, write_text
@@ -23,9 +24,7 @@ def load(name_or_path, hub):
             return gpt2_vocabulary(), dict(GPT2_SETTINGS)
         if directory.exists() or name.startswith((".", "/", "~")):
             raise ValueError(f"GPT2Tokenizer.from_pretrained: {name!r} is no directory; give a directory or a hub name")
-    find = (
-        (lambda file: _in_directory(directory, file)) if directory.is_dir() else (lambda file: _on_hub(name, file, hub))
-    )
+    find = partial(_in_directory, directory) if directory.is_dir() else partial(_on_hub, name, hub)
 
     config = _read_json(find("tokenizer_config.json")) or {}
     tokenizer_json = find("tokenizer.json")
@@ -150,7 +149,7 @@ def _in_directory(directory, file):
     return path if path.is_file() else None
 
 
-def _on_hub(name, file, hub):
+def _on_hub(name, hub, file):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -159,8 +158,8 @@ def _on_hub(name, file, hub):
     except LocalEntryNotFoundError as error:
         # Also what huggingface_hub raises when it cannot reach the hub, so a missing file and a missing network differ.
         raise ValueError(
-            f"GPT2Tokenizer.from_pretrained: {name!r} is no directory, and {file} of the hub repository of that name is "
-            f"not in the cache and cannot be fetched ({error})"
+            f"GPT2Tokenizer.from_pretrained: {name!r} is no directory, and {file} of the hub repository of that name "
+            f"is neither in the cache nor to be fetched: {error}"
         ) from error
     except EntryNotFoundError:
         return None

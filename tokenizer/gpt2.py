@@ -9,7 +9,7 @@ from .bpe import BytePairEncoder
 from .isolated import IsolatedCharacters
 from .memo import Memo
 from .special import ROLES, Role, RoleId, partition
-from .vocabulary import END_OF_TEXT, Vocabulary, gpt2_vocabulary, vocabulary_from_merges
+from .vocabulary import END_OF_TEXT, gpt2_vocabulary, vocabulary_from_merges
 
 SIDES = ("left", "right")
 
@@ -17,12 +17,12 @@ SIDES = ("left", "right")
 class GPT2Tokenizer:
     """Byte-level BPE with GPT-2's pattern, for GPT-2's vocabulary or another one.
 
-    Any str without lone surrogates encodes, and decodes to itself. No thread of encoding speeds up another: this is
-    Python, one thread runs at a time (use processes to go wider); the caches may be shared between threads all the same.
+    Any str without lone surrogates encodes, and decodes to itself. Threads may share a tokenizer but gain no speed, for
+    one thread of Python runs at a time; to go wider, use processes.
 
     vocabulary: a Vocabulary; None is GPT-2's. errors: what decoding does with bytes that are not UTF-8, as for
-    `bytes.decode`. model_max_length: what `truncation=True` cuts to when no `max_length` is given. roles: special tokens
-    by role, such as {"pad_token": "<|endoftext|>"}.
+    `bytes.decode`. model_max_length: what `truncation=True` cuts to when no `max_length` is given. roles: special
+    tokens by role, such as {"pad_token": "<|endoftext|>"}.
     """
 
     bos_token, eos_token, unk_token, pad_token, cls_token, sep_token, mask_token = (Role() for _ in ROLES)
@@ -180,11 +180,11 @@ class GPT2Tokenizer:
         allowed_special=None,
         disallowed_special="all",
     ):
-        """A BatchEncoding of a str or a list of str: `input_ids`, `attention_mask` (1 where a token is, 0 where padding).
+        """A BatchEncoding of a str or a list of str: `input_ids`, and `attention_mask`, which is 0 where padding is.
 
         padding: True or "longest", "max_length", or False. truncation: True cuts to max_length (or model_max_length).
         return_tensors: "pt" or "np", int64 [B, T]; a single str gives [1, T]. return_offsets_mapping: (start, end)
-        characters of each token; a token that holds part of a character spans all of it. Special tokens: as in `encode`.
+        characters of each token; one that holds part of a character spans all of it. Special tokens: as in `encode`.
         """
         is_one = isinstance(text, str)
         if not is_one and not (isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text)):

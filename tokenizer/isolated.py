@@ -1,9 +1,9 @@
 """Characters that no token joins to a neighbour: a piece can be cut around them before any merge is tried.
 
-A merge across a border between two characters makes a token that holds the end of the one and the start of the other. If
-the vocabulary has no such token for any neighbour of a character, the merges on its two sides never touch, and it can be
-encoded, and remembered, alone. GPT-2's vocabulary was learned from mostly English text, so this holds for most Chinese
-characters; a Chinese sentence, which would never be seen twice, becomes characters that are.
+A merge across the border between two characters makes a token that holds the end of one and the start of the other.
+If the vocabulary has no such token for any neighbour of a character, the merges on its two sides never touch, and it
+can be encoded, and remembered, alone. GPT-2's vocabulary was learned from mostly English text, so this holds for most Chinese
+characters; a Chinese sentence, which is hardly ever seen twice, becomes characters that are.
 """
 
 import re

@@ -1,8 +1,8 @@
 """The fast path of encoding: exact memoisation, with the work done by C loops of the interpreter.
 
-`_Words` maps a key of `pretokenize.cut` to its tokens, `_Pieces` a piece to its tokens. Both are dicts with `__missing__`,
-so that `map(words.__getitem__, keys)` runs no line of Python for a word that was seen before. A word's tokens depend on
-the word alone, so remembering them changes no result.
+`_Words` maps a key of `pretokenize.cut` to its tokens, `_Pieces` a piece to its tokens. Both are dicts with
+`__missing__`, so that `map(words.__getitem__, keys)` runs no line of Python for a word that was seen before. A word's
+tokens depend on the word alone, so remembering them changes no result.
 
 Both are bounded, in bytes, and start afresh when full.
 """

@@ -1,34 +1,36 @@
-r"""From text to pieces, and where text can be cut without asking the pattern.
+"""From text to pieces, and where text can be cut without asking the pattern.
 
 GPT-2 first cuts text into pieces (words, numbers, punctuation, whitespace); a token never reaches over the end of a
-piece. `PATTERN` is the definition. `cut` finds most of the same borders with `str.split`, at the speed of C, from one
+piece. `pieces` asks the pattern. `cut` finds most of the same borders with `str.split`, at the speed of C, from one
 property of the pattern:
 
-    In a run of whitespace before other text, the last character starts a piece of its own (or, if it is a space, the
-    piece of the word behind it); all the characters before it, if any, are one piece. The run as a whole starts a piece.
+    In a run of whitespace before other text, the last character starts a piece (its own or, if it is a space, that of
+    the word behind it); all the characters before it, if any, are one piece. A run at the end of the text is one piece.
 
-So a text may be cut before each run, and before and after "all but the last" of a run. Runs of one or two characters need
-no look at all: each character starts a piece. Longer ones, and a run of two or more at the end, are `_LONG_RUN`.
+So text may be cut before a run, and before the last character of a run that other text follows. In runs of one or two
+characters each character starts a piece; only longer ones, and one of two at the end, need care: `_LONG_RUN`.
 
-Whitespace is `\s` of the pattern: Unicode's White_Space. Python's own `str.split()`, `str.isspace` and `re`'s `\s` also
-count U+001C to U+001F, so none of them is used here.
 """
 
 import re
+from functools import cache
 
-import regex
-
-# OpenAI's gpt-2 repository, encoder.py. Possessive quantifiers and the order of the last two alternatives save
-# backtracking and change no match.
-PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+")
-pieces = PATTERN.findall
+from .unicode_classes import ASCII_PATTERN, WHITESPACE, gpt2_pattern
 
 BLOCK = 1 << 14  # characters: a block's words stay in the CPU's cache between being cut out and being looked up
 
-_HEAD = regex.compile(r"\S*")
-_BLOCK_END = regex.compile(r"[ \n](?=\S)")
+_HEAD = re.compile(f"[^{WHITESPACE}]*")
+_BLOCK_END = re.compile(f"[ \n](?=[^{WHITESPACE}])")
 _RARE_SPACE = re.compile("[\v\f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _LONG_RUN = re.compile("   +")
+
+
+_pattern = cache(gpt2_pattern)
+
+
+def pieces(text):
+    """The pieces of text by GPT-2's pattern: the definition that the rest of this file is faster than."""
+    return (ASCII_PATTERN if text.isascii() else _pattern()).findall(text)
 
 
 def head_and_blocks(text):

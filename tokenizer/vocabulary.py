@@ -1,8 +1,8 @@
 """The vocabulary: which bytes a token stands for, which pairs of tokens merge, and the files that say so.
 
 Files spell a token as text, one character per byte: printable bytes as themselves, the others as characters from U+0100
-on (a space is "Ġ", a newline "Ċ"). `vocab.bpe` is OpenAI's file of merges; the vocabulary follows from it: the 256 bytes
-in the order of that alphabet, then the product of each merge, then `<|endoftext|>`.
+on (a space is "Ġ", a newline "Ċ"). `vocab.bpe` is OpenAI's file of merges; the vocabulary follows from it: the 256
+bytes in the order of that alphabet, then the product of each merge, then `<|endoftext|>`.
 """
 
 import json
