@@ -2,8 +2,8 @@
 
 A merge across the border between two characters makes a token that holds the end of one and the start of the other.
 If the vocabulary has no such token for any neighbour of a character, the merges on its two sides never touch, and it
-can be encoded, and remembered, alone. GPT-2's vocabulary was learned from mostly English text, so this holds for most Chinese
-characters; a Chinese sentence, which is hardly ever seen twice, becomes characters that are.
+can be encoded, and remembered, alone. GPT-2's vocabulary was learned from mostly English text, so this holds for most
+Chinese characters; a Chinese sentence, which is hardly ever seen twice, becomes characters that are.
 """
 
 import re

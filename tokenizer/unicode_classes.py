@@ -105,8 +105,8 @@ def gpt2_pattern():
 
         's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
-    `re` has no `\p{L}`, so its ranges are spelled out. It tests a character up to U+FFFF by table, and one beyond against
-    range after range; so those ranges stand apart, behind a look ahead that other characters fail at once.
+    `re` has no `\p{L}`, so its ranges are spelled out. It tests a character up to U+FFFF by table, and one beyond
+    against range after range; so those stand apart, behind a look ahead that other characters fail at once.
     """
     letters, numbers = (_ranges(table, 0x80, 0xFFFF) for table in (_LETTERS, _NUMBERS))
     far_letters, far_numbers = (_ranges(table, 0x10000, 0x10FFFF) for table in (_LETTERS, _NUMBERS))
