@@ -1,8 +1,8 @@
 """python -m tokenizer "text": the tokens of a text, their ids and their bytes.
 
-    python -m tokenizer "Hello, world!"
-    python -m tokenizer --file README.md --json
-    echo "Hello" | python -m tokenizer
+python -m tokenizer "Hello, world!"
+python -m tokenizer --file README.md --json
+echo "Hello" | python -m tokenizer
 """
 
 import argparse
