@@ -61,6 +61,17 @@ CHARTS = (
         y_label="TFLOP/s",
         facets=_ATTENTION,
     ),
+    Chart(
+        file="tokenizer_throughput.png",
+        title="Tokenizers: throughput",
+        y="mb_per_s",
+        y_label="MB/s",
+        x="text",
+        x_label="text",
+        series="tokenizer",
+        facets=("mode", "state", "threads"),
+        kind="bars",
+    ),
 )
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. A name keeps its colour in every chart.
