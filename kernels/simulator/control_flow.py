@@ -1,6 +1,8 @@
 """What can be known of a kernel before it runs: straight-line stretches, and which registers are live where it
 forks."""
 
+from functools import cache
+
 from .ptx import Address, Pair, Register, Vector
 
 _NO_RESULT = {
@@ -12,33 +14,35 @@ _ENDS_STRETCH = {"bra", "bar", "barrier", "ret", "exit", "trap", "wgmma"}
 
 
 def registers_in(operand):
-    """The indices of the registers that an operand names."""
+    """The indices of the registers that an operand names, as a frozen set."""
     if isinstance(operand, Register):
-        return {operand.index}
+        return frozenset({operand.index})
     if isinstance(operand, Vector):
-        return set().union(*map(registers_in, operand.items))
+        return frozenset().union(*map(registers_in, operand.items))
     if isinstance(operand, Address):
         return registers_in(operand.base)
     if isinstance(operand, Pair):
         return registers_in(operand.first) | registers_in(operand.second)
-    return set()
+    return frozenset()
 
 
+@cache
 def written(inst):
     """Registers that the instruction writes."""
     if inst.opcode in _NO_RESULT or not inst.operands or (inst.opcode == "wgmma" and not inst.has("mma_async")):
-        return set()
+        return frozenset()
     return registers_in(inst.operands[0])
 
 
+@cache
 def read(inst):
     """Registers that the instruction reads, its predicate included."""
     has_result = bool(written(inst))
     sources = inst.operands[1:] if has_result else inst.operands
-    registers = set().union(*map(registers_in, sources)) if sources else set()
+    registers = frozenset().union(*map(registers_in, sources))
     if inst.opcode == "wgmma" and has_result:
         registers |= written(inst)  # the accumulator
-    return registers | (registers_in(inst.predicate) if inst.predicate else set())
+    return registers | (registers_in(inst.predicate) if inst.predicate else frozenset())
 
 
 def stretch_ends(kernel):
@@ -52,34 +56,31 @@ def stretch_ends(kernel):
     return ends[::-1]
 
 
-def live_after_branches(kernel):
-    """For each branch, the registers that some path from it may still read: {instruction index: [register indices]}."""
+def live_registers(kernel):
+    """For each instruction, the registers that may still be read from there on, as a bit set; one more for the end."""
     instructions = kernel.instructions
-    count = len(instructions)
-    live = [0] * (count + 1)  # before each instruction, as a bit set
-    reads, kills = [], []
-    for inst in instructions:
-        reads.append(_bits(read(inst)))
-        kills.append(0 if inst.predicate else _bits(written(inst)))
-    after = [0] * count
+    live = [0] * (len(instructions) + 1)
+    reads = [_bits(read(inst)) for inst in instructions]
+    kills = [0 if inst.predicate else _bits(written(inst)) for inst in instructions]
     changed = True
     while changed:
         changed = False
-        for i in range(count - 1, -1, -1):
-            inst = instructions[i]
-            falls_through = inst.opcode not in ("ret", "exit", "trap") and (inst.opcode != "bra" or inst.predicate)
-            out = live[i + 1] if falls_through or (inst.predicate and inst.opcode != "bra") else 0
+        for inst in reversed(instructions):
+            i = inst.index
+            leaves = inst.opcode in ("ret", "exit", "trap", "bra") and inst.predicate is None
+            after = 0 if leaves else live[i + 1]
             if inst.opcode == "bra":
-                out |= live[inst.target]
-            into = reads[i] | (out & ~kills[i])
-            changed |= into != live[i]
-            live[i], after[i] = into, out
-    return {inst.index: _indices(after[inst.index]) for inst in instructions if inst.opcode == "bra"}
+                after |= live[inst.target]
+            before = reads[i] | (after & ~kills[i])
+            changed |= before != live[i]
+            live[i] = before
+    return live
 
 
 def _bits(registers):
     return sum(1 << r for r in registers)
 
 
-def _indices(bits):
+def indices(bits):
+    """The positions of a bit set's ones."""
     return [i for i, digit in enumerate(reversed(bin(bits)[2:])) if digit == "1"]

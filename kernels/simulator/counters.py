@@ -128,21 +128,17 @@ class Counters:
         self.bank_conflicts += conflicts
 
 
-def _distinct(values, groups):
-    """How many distinct values each group holds, summed; values and groups are flat int64 arrays of one length."""
-    key = np.sort((groups << 48) | values)
-    return 1 + int((key[1:] != key[:-1]).sum()) if len(key) else 0
-
-
 def _sectors(team, offsets, size, threads):
-    """(warp requests, sectors that they touch)."""
-    warps = np.repeat(np.arange(team.warps), 32) if threads is None else threads // 32
-    requests = team.warps if threads is None else len(np.unique(warps))
-    first = offsets // SECTOR
-    if (np.diff(first) >= 0).all():  # in order within and across warps
-        steps = (np.diff(first) != 0) | (np.diff(warps) != 0)
-        return requests, 1 + int(steps.sum())
-    return requests, _distinct(first, warps)
+    """(warp requests, 32-byte sectors that they touch)."""
+    warps = _WARPS_OF[: team.size] if threads is None else threads // 32
+    key = (warps << 40) + offsets // SECTOR
+    steps = np.diff(key)
+    if np.count_nonzero(steps < 0):
+        steps = np.diff(np.sort(key))
+    return 1 + np.count_nonzero(np.diff(warps)), 1 + np.count_nonzero(steps)
+
+
+_WARPS_OF = np.arange(1 << 16) // 32
 
 
 def _bank_passes(team, addresses, size, threads):
@@ -151,13 +147,13 @@ def _bank_passes(team, addresses, size, threads):
     A wavefront serves one 4-byte word of each bank. Accesses of 8 and 16 bytes are served in halves and quarters of the
     warp. Lanes that want the same word share it.
     """
-    lane_threads = np.arange(team.size) if threads is None else threads
-    lanes_per_phase = min(32, 128 // max(size, BANK_BYTES))
-    phase = (lane_threads // 32) * (32 // lanes_per_phase) + lane_threads % 32 // lanes_per_phase
+    threads = np.arange(team.size) if threads is None else threads
+    lanes_at_once = min(32, BANKS * BANK_BYTES // max(size, BANK_BYTES))
+    part = threads // lanes_at_once
     words_each = max(size // BANK_BYTES, 1)
     words = (addresses.astype(np.int64) // BANK_BYTES)[:, None] + np.arange(words_each)
-    key = np.unique((np.repeat(phase, words_each) << 40) | words.reshape(-1))
-    phase_of, bank = key >> 40, key & (BANKS - 1)
-    load = np.bincount(phase_of * BANKS + bank, minlength=(int(phase.max()) + 1) * BANKS).reshape(-1, BANKS)
-    passes = load.max(1)
-    return len(np.unique(lane_threads // 32)), int(passes.sum()), int(np.maximum(passes - 1, 0).sum())
+    key = np.sort(((part << 32)[:, None] | words).reshape(-1))
+    key = key[np.r_[True, key[1:] != key[:-1]]]
+    load = np.bincount((key >> 32) * BANKS + (key & (BANKS - 1))).reshape(-1)
+    load = np.pad(load, (0, -len(load) % BANKS)).reshape(-1, BANKS).max(1)
+    return 1 + np.count_nonzero(np.diff(threads // 32)), int(load.sum()), int(np.maximum(load - 1, 0).sum())

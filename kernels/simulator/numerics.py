@@ -15,7 +15,7 @@ def f32_to_bf16(values):
     bits = values.view(U32)
     rounded = ((bits + (U32(0x7FFF) + ((bits >> U32(16)) & U32(1)))) >> U32(16)).astype(U16)
     nan = np.isnan(values)
-    return np.where(nan, U16(0x7FFF), rounded) if nan.any() else rounded
+    return np.where(nan, U16(0x7FFF), rounded) if np.count_nonzero(nan) else rounded
 
 
 def f32_to_tf32(values):
@@ -33,7 +33,7 @@ def fma_f32(a, b, c):
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
     midpoint = (total.view(U64) & U64(0x1FFFFFFF)) == U64(0x10000000)
-    if midpoint.any():
+    if np.count_nonzero(midpoint):
         total = np.where(midpoint, round_to_odd(product, np.float64(1) * c, total), total)
     return total.astype(np.float32)
 
@@ -57,4 +57,4 @@ def round_to_odd(a, b, total):
 def flush(values):
     """Subnormal float32 values become zeros of the same sign: `.ftz`."""
     small = np.abs(values) < np.float32(2**-126)
-    return np.where(small, np.copysign(np.float32(0), values), values) if small.any() else values
+    return np.where(small, np.copysign(np.float32(0), values), values) if np.count_nonzero(small) else values

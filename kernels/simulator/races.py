@@ -12,9 +12,9 @@ import numpy as np
 from .errors import AsyncHazard, SharedMemoryRace
 
 # A stamp is clock << 28 | warp << 20 | instruction. Two warp numbers are not warps.
-_INSTRUCTION_BITS, _WARP_BITS = 20, 8
-_INSTRUCTION = (1 << _INSTRUCTION_BITS) - 1
-_WHO = ((1 << _WARP_BITS) - 1) << _INSTRUCTION_BITS | 1 << 62  # an unfinished copy is like another warp's
+_WARP_SHIFT, _WARP_BITS = 20, 8
+_INSTRUCTION = (1 << _WARP_SHIFT) - 1
+_WHO = ((1 << _WARP_BITS) - 1) << _WARP_SHIFT | 1 << 62  # an unfinished copy is like another warp's
 SEVERAL = 255  # more than one warp read
 ATOMIC = 254  # atomics are ordered among themselves
 _IN_FLIGHT = 1 << 62  # set in a stamp: the copy that writes here has not been waited for
@@ -36,10 +36,19 @@ class AsyncRead:
         renumbered = (np.cumsum(kept) - 1)[self.threads[mine]]
         return AsyncRead(self.number, self.size, renumbered, self.group[mine], self.offsets[mine])
 
+    def moved(self, position):
+        """The same, after thread i has become thread position[i]."""
+        return AsyncRead(self.number, self.size, position[self.threads], self.group, self.offsets)
+
 
 def _clash(last, keys, since):
     """Where the stamps `last` are no older than the last barrier and another warp's."""
     return (last >= since) & (((last ^ keys) & _WHO) != 0)
+
+
+def bit_set(numbers):
+    """Block numbers as the bits of a Python int."""
+    return sum(1 << int(n) for n in np.unique(numbers))
 
 
 def _winning(values, rows):
@@ -68,100 +77,130 @@ class RaceDetector:
         self.fence_barrier = np.zeros((blocks, 256), np.int64)
         self.reading = None  # per warpgroup and granule: number of the last unfinished asynchronous read, or 0
         self._reads_begun = 0
+        # Most reads are followed by a barrier, not by a write: they are noted, and stamped only when a write comes.
+        self._noted_reads = []  # (blocks as a bit set, offsets, size, keys, since)
+        self._write_clock = np.zeros(blocks, np.int64)  # of the newest write
+        self._copies = np.zeros(blocks, np.int64)  # begun and not ended
 
     def barrier(self, blocks):
         """All warps of these blocks have met."""
         self.clock[blocks] += 1
         self.barrier_clock[blocks] = self.clock[blocks]
+        met = bit_set(blocks)
+        self._noted_reads = [noted for noted in self._noted_reads if noted[0] & ~met]
 
-    def _keys(self, team, instruction, blocks, warps):
-        return (self.clock[blocks] << 28) | (warps.astype(np.int64) << 20) | instruction.index
+    def _keys(self, team, instruction, threads, warps=None):
+        """The stamps that accesses leave: a column with one row per access."""
+        warps = team.warp if warps is None else warps
+        keys = (self.clock[team.block] << _WARP_SHIFT << _WARP_BITS) | (warps << _WARP_SHIFT) | instruction.index
+        return (np.repeat(keys, 32) if threads is None else keys[threads // 32])[:, None]
+
+    def _since(self, team, threads):
+        """Stamps from here on are no older than the last barrier: a number, or a column with one row per access."""
+        clocks = self.barrier_clock[team.block] << _WARP_SHIFT << _WARP_BITS
+        if clocks[0] == clocks.min() == clocks.max():
+            return clocks[0]
+        return (np.repeat(clocks, 32) if threads is None else clocks[threads // 32])[:, None]
 
     def _cells(self, stamps, offsets, size):
         """The stamps as a table with one row per access of `size` bytes, and the rows' numbers."""
         per_access = max(size // self._granule, 1)
         return stamps.reshape(-1, per_access), offsets // (per_access * self._granule)
 
-    def touch(self, team, instruction, offsets, size, *, write, threads=None, atomic=False, values=None):
-        """Records the accesses of these threads and raises SharedMemoryRace where one conflicts.
+    def read_by(self, team, instruction, offsets, size, threads=None):
+        """Threads read: raises SharedMemoryRace where another warp wrote since the last barrier."""
+        keys, since = self._keys(team, instruction, threads), self._since(team, threads)
+        if self._copies.any() or (self._write_clock[team.block] >= self.barrier_clock[team.block]).any():
+            written, rows = self._cells(self.written, offsets, size)
+            last = written[rows]
+            self._report(team, _clash(last, keys, since), last, "reads", "wrote", threads)
+        self._noted_reads.append((team.block_bits, offsets, size, keys, since))
 
-        values: what a write writes, an array with one row per access. Warps may write one value to one place: Triton
+    def written_by(self, team, instruction, offsets, size, threads=None, values=None, atomic=False):
+        """Threads write: raises SharedMemoryRace where another warp touched the place since the last barrier.
+
+        values: what they write, a uint8 array with one row per access. Warps may write one value to one place: Triton
         does so where a layout holds copies.
         """
-        blocks = team.thread_block if threads is None else team.thread_block[threads]
-        warps = team.thread_warp if threads is None else team.thread_warp[threads]
-        if atomic:
-            warps = np.full(len(offsets), ATOMIC)
-        keys = self._keys(team, instruction, blocks, warps)[:, None]
-        since = (self.barrier_clock[blocks] << 28)[:, None]
+        self._stamp_reads()
+        keys = self._keys(team, instruction, threads, np.full(team.warps, ATOMIC) if atomic else None)
+        since = self._since(team, threads)
         written, rows = self._cells(self.written, offsets, size)
-        read, _ = self._cells(self.read, offsets, size)
-
         last = written[rows]
         clash = _clash(last, keys, since)
-        if values is not None and clash.any():
+        if values is not None and np.count_nonzero(clash):
             present = self._shared.bytes.reshape(-1, size)[offsets // size]
             clash &= ~self._same(values, present) | (last & _IN_FLIGHT != 0)
-        self._report(team, instruction, clash, last, write, "wrote", threads)
-
+        self._report(team, clash, last, "overwrites", "wrote", threads)
+        read, _ = self._cells(self.read, offsets, size)
         last = read[rows]
-        if write:
-            self._report(team, instruction, _clash(last, keys, since), last, write, "read", threads)
-            self._report_asynchronous_readers(team, offsets, size, threads)
-            written[rows] = keys
-            last = written[rows]
-            clash = last != keys
-            if values is not None and clash.any():
-                clash &= ~self._same(values, _winning(values, rows))
-            self._report(team, instruction, clash, last, write, "writes too", threads)
-        else:
-            crowd = keys | (SEVERAL << _INSTRUCTION_BITS)
+        self._report(team, _clash(last, keys, since), last, "overwrites", "read", threads)
+        self._report_asynchronous_readers(team, offsets, size, threads)
+        written[rows] = keys
+        last = written[rows]
+        clash = last != keys
+        if values is not None and np.count_nonzero(clash):
+            clash &= ~self._same(values, _winning(values, rows))
+        self._report(team, clash, last, "writes", "writes too", threads)
+        self._write_clock[team.block] = self.clock[team.block]
+
+    def _stamp_reads(self):
+        for _, offsets, size, keys, since in self._noted_reads:
+            read, rows = self._cells(self.read, offsets, size)
+            # Where another warp read in the same interval, now or before, the stamp says "several".
+            last = read[rows]
+            crowd = keys | (SEVERAL << _WARP_SHIFT)
             read[rows] = np.where(_clash(last, keys, since), crowd, keys)
-            beaten = read[rows] >> _INSTRUCTION_BITS != keys >> _INSTRUCTION_BITS
-            if beaten.any():
+            beaten = (read[rows] ^ keys) & _WHO != 0
+            if np.count_nonzero(beaten):
                 at = np.nonzero(beaten)
                 read[rows[at[0]], at[1]] = np.broadcast_to(crowd, beaten.shape)[at]
+        self._noted_reads.clear()
 
     def _same(self, ours, theirs):
         """Per access and granule, whether the bytes are equal."""
         return (ours == theirs).reshape(len(ours), max(ours.shape[1] // self._granule, 1), -1).all(2)
 
-    def _report(self, team, instruction, clash, last, write, did, threads):
+    def _report(self, team, clash, last, verb, did, threads):
         """Raises for the first access in `clash` (per access and granule); `last` holds the other side's stamps."""
-        if not clash.any():
+        if not np.count_nonzero(clash):
             return
         at, column = (int(i[0]) for i in np.nonzero(clash))
         stamp = int(last[at, column])
-        other = self._kernel.instructions[stamp & _INSTRUCTION]
-        place = f"`{other.text}` at {self._kernel.where(other)}"
-        verb = "overwrites" if write else "reads"
+        place = self._place(stamp)
         if stamp & _IN_FLIGHT:
-            raise team.fault(
-                AsyncHazard, f"{verb} shared memory that {place} still fills: its wait is missing", at, threads
-            )
-        warp = (stamp >> _INSTRUCTION_BITS) & ((1 << _WARP_BITS) - 1)
+            what = f"{verb} shared memory that {place} still fills: its wait is missing"
+            raise team.fault(AsyncHazard, what, at, threads)
+        warp = (stamp >> _WARP_SHIFT) & ((1 << _WARP_BITS) - 1)
         who = {SEVERAL: "several warps", ATOMIC: "an atomic"}.get(warp, f"warp {warp}")
         what = f"shared-memory race: {verb} what {who} {did} since the last barrier, {place}"
         raise team.fault(SharedMemoryRace, what, at, threads)
 
+    def _place(self, stamp):
+        other = self._kernel.instructions[stamp & _INSTRUCTION]
+        return f"`{other.text}` at {self._kernel.where(other)}"
+
+    # Asynchronous copies (cp.async)
+
     def begin_copy(self, team, instruction, offsets, size, threads):
         """An asynchronous copy into these places starts: until `end_copy` no one may touch them."""
-        self.touch(team, instruction, offsets, size, write=True, threads=threads)
+        self.written_by(team, instruction, offsets, size, threads)
         written, rows = self._cells(self.written, offsets, size)
         written[rows] |= _IN_FLIGHT
+        self._copies[team.block] += 1
 
     def end_copy(self, team, instruction, offsets, size, threads):
         """The threads have waited for their copies: from here on these are writes of theirs."""
-        keys = self._keys(team, instruction, team.thread_block[threads], team.thread_warp[threads])
         written, rows = self._cells(self.written, offsets, size)
-        written[rows] = keys[:, None]
+        written[rows] = self._keys(team, instruction, threads)
+        self._write_clock[team.block] = self.clock[team.block]
+        self._copies[team.block] -= 1
 
     # Asynchronous readers (wgmma) see ordinary writes only through a proxy fence, and read until they are waited for.
 
     def proxy_fence(self, team):
         """The active warps make the writes that they know of visible to asynchronous readers."""
-        blocks = np.unique(team.block)
-        self.clock[blocks] += 1
+        self.clock[np.unique(team.block)] += 1
         warps = slice(None) if team.mask is None else team.mask.reshape(-1, 32).any(1)
         block, warp = team.block[warps], team.warp[warps]
         self.fence_clock[block, warp] = self.clock[block]
@@ -169,42 +208,43 @@ class RaceDetector:
 
     def begin_async_read(self, team, instruction, offsets, size, threads):
         """The warpgroups of these threads start to read. Returns what `end_async_read` takes."""
-        blocks, warps = team.thread_block[threads], team.thread_warp[threads]
+        everyone = np.full(team.warps, SEVERAL)
+        keys, since = self._keys(team, instruction, threads, everyone), self._since(team, threads)
         written, rows = self._cells(self.written, offsets, size)
         last = written[rows]
-        everyone = np.full(len(warps), SEVERAL)
-        keys = self._keys(team, instruction, blocks, everyone)[:, None]
-        clash = _clash(last, keys, (self.barrier_clock[blocks] << 28)[:, None])
-        self._report(team, instruction, clash, last, False, "wrote", threads)
-        self._report_unfenced(team, last, blocks, warps, threads)
+        self._report(team, _clash(last, keys, since), last, "reads", "wrote", threads)
+        self._report_unfenced(team, last, threads)
         if self.reading is None:
             self.reading = np.zeros((team.batch.launch.num_warps // 4, len(self.written)), np.int32)
         self._reads_begun += 1
-        group = warps // 4
-        for g in np.unique(group):
+        group = team.thread_warp[threads] // 4
+        for g in np.unique(team.warp // 4):
             cells, _ = self._cells(self.reading[g], offsets, size)
             cells[rows[group == g]] = self._reads_begun
         return AsyncRead(self._reads_begun, size, threads, group, offsets)
 
     def end_async_read(self, team, instruction, ticket):
         """The readers have been waited for; what they did counts as a read by all their warps now."""
-        for g in np.unique(ticket.group):
+        for g in np.unique(team.warp // 4):
             cells, rows = self._cells(self.reading[g], ticket.offsets[ticket.group == g], ticket.size)
-            cells[rows] = np.where(cells[rows] == ticket.number, 0, cells[rows])
-        blocks = team.thread_block[ticket.threads]
-        read, rows = self._cells(self.read, ticket.offsets, ticket.size)
-        read[rows] = self._keys(team, instruction, blocks, np.full(len(blocks), SEVERAL))[:, None]
+            now = cells[rows]
+            cells[rows] = np.where(now == ticket.number, 0, now)
+        keys = self._keys(team, instruction, ticket.threads, np.full(team.warps, SEVERAL))
+        since = self._since(team, ticket.threads)
+        self._noted_reads.append((team.block_bits, ticket.offsets, ticket.size, keys, since))
 
-    def _report_unfenced(self, team, last, blocks, warps, threads):
-        clock = last >> 28
-        writer = (last >> _INSTRUCTION_BITS) & ((1 << _WARP_BITS) - 1)
-        by_writer = clock < self.fence_clock[blocks[:, None], writer]
-        by_reader = clock < self.fence_barrier[blocks, warps][:, None]
-        bare = (last >= 0) & ~by_writer & ~by_reader
-        if bare.any():
-            at, column = (int(i[0]) for i in np.nonzero(bare))
-            other = self._kernel.instructions[int(last[at, column]) & _INSTRUCTION]
-            place = f"`{other.text}` at {self._kernel.where(other)}"
+    def _report_unfenced(self, team, last, threads):
+        block, warp = team.block[threads // 32], team.warp[threads // 32]
+        clock = last >> _WARP_SHIFT >> _WARP_BITS
+        unseen = (last >= 0) & (clock >= self.fence_barrier[block, warp][:, None])
+        if not np.count_nonzero(unseen):
+            return
+        # The readers' own fence came too early; the writers may have fenced after they wrote.
+        writer = (last >> _WARP_SHIFT) & ((1 << _WARP_BITS) - 1)
+        unseen &= clock >= self.fence_clock[block[:, None], writer]
+        if unseen.any():
+            at, column = (int(i[0]) for i in np.nonzero(unseen))
+            place = self._place(int(last[at, column]))
             what = f"reads asynchronously what {place} wrote, with no fence.proxy.async between"
             raise team.fault(AsyncHazard, what, at, threads)
 
@@ -213,9 +253,8 @@ class RaceDetector:
             return
         for cells in self.reading:
             table, rows = self._cells(cells, offsets, size)
-            busy = table[rows] != 0
-            if busy.any():
+            busy = table[rows]
+            if np.count_nonzero(busy):
                 at = int(np.nonzero(busy)[0][0])
-                raise team.fault(
-                    AsyncHazard, "overwrites shared memory that a wgmma still reads: its wait is missing", at, threads
-                )
+                what = "overwrites shared memory that a wgmma still reads: its wait is missing"
+                raise team.fault(AsyncHazard, what, at, threads)

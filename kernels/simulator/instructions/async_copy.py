@@ -29,6 +29,10 @@ class Copy:
         number = np.cumsum(kept) - 1
         return Copy(self.inst, number[self.threads[mine]], self.offsets[mine], self.data[mine])
 
+    def moved(self, position):
+        """The same, after thread i has become thread position[i]."""
+        return Copy(self.inst, position[self.threads], self.offsets, self.data)
+
     def land(self, team, finished):
         """Writes the bytes of the threads in `finished` (bool per thread, None for all)."""
         if finished is not None and not finished[self.threads].all():

@@ -62,7 +62,7 @@ def atom(inst, kernel):
         addresses = chosen(where(team), threads)
         offsets = memory.locate(team, addresses, size * count, threads)
         if space == "shared":
-            team.races.touch(team, inst, offsets, size * count, write=True, threads=threads, atomic=True)
+            team.races.written_by(team, inst, offsets, size * count, threads, atomic=True)
             team.counters.shared(team, inst, addresses, size * count, threads)
         else:
             team.counters.atomic(team, inst, offsets, size * count, threads)

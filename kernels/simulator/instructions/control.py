@@ -2,13 +2,8 @@
 
 from ..errors import KernelError
 from ..ptx import Immediate
+from ..team import STOP
 from .registry import guard_of, instruction, unknown
-
-
-def _stop():
-    from ..machine import STOP
-
-    return STOP
 
 
 @instruction("bra")
@@ -31,7 +26,7 @@ def bra(inst, kernel):
 
 @instruction("ret", "exit")
 def ret(inst, kernel):
-    stop, guard = _stop(), guard_of(inst, kernel)
+    guard = guard_of(inst, kernel)
 
     def execute(team):
         leaving = guard(team)
@@ -39,7 +34,7 @@ def ret(inst, kernel):
             staying = ~leaving if team.mask is None else team.mask & ~leaving
             if staying.any():
                 team.go_on(team.pc + 1, staying)
-        return stop
+        return STOP
 
     return execute
 
@@ -75,7 +70,8 @@ def bar(inst, kernel):
 
     def execute(team):
         ticket = team.batch.arrive(team, team.mask, barrier.value)
-        return None if team.mask is None and team.batch.passed(ticket) else team.park(ticket)
+        in_step = team.mask is None and not team.batch.scheduled
+        return None if in_step and team.batch.passed(ticket) else team.park(ticket)
 
     return execute
 

@@ -62,7 +62,7 @@ def ld(inst, kernel):
         addresses = chosen(where(team), threads)
         offsets = memory.locate(team, addresses, size * count, threads)
         if space == "shared":
-            team.races.touch(team, inst, offsets, size * count, write=False, threads=threads)
+            team.races.read_by(team, inst, offsets, size * count, threads)
             team.counters.shared(team, inst, addresses, size * count, threads)
         else:
             team.counters.read(team, inst, offsets, size * count, threads)
@@ -119,8 +119,7 @@ def st(inst, kernel):
             value = get(team)
             values[:, k] = value if value.ndim == 0 else chosen(value, threads)
         if space == "shared":
-            raw_bytes = values.view(np.uint8)
-            team.races.touch(team, inst, offsets, size * count, write=True, threads=threads, values=raw_bytes)
+            team.races.written_by(team, inst, offsets, size * count, threads, values.view(np.uint8))
             team.counters.shared(team, inst, addresses, size * count, threads)
         else:
             team.counters.wrote(team, inst, offsets, size * count, threads)

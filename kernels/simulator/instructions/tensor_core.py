@@ -41,7 +41,10 @@ def fragments_to_rows(fragments, tiles_down, tiles_across):
 
 def read_words(team, readers):
     """The registers' words as (warps, 32, registers)."""
-    return np.stack([np.broadcast_to(read(team), team.size) for read in readers], 1).reshape(-1, 32, len(readers))
+    words = np.empty((team.size, len(readers)), np.uint32)
+    for k, read in enumerate(readers):
+        words[:, k] = read(team)
+    return words.reshape(-1, 32, len(readers))
 
 
 @instruction("mma")
@@ -91,7 +94,10 @@ def _matrix_access(inst, kernel, address, count):
             raise unknown(inst)
         addresses = where(team)[threads]
         rows = team.shared.locate(team, addresses, 16, threads)
-        team.races.touch(team, inst, rows, 16, write=values is not None, threads=threads, values=values)
+        if values is None:
+            team.races.read_by(team, inst, rows, 16, threads)
+        else:
+            team.races.written_by(team, inst, rows, 16, threads, values)
         team.counters.shared(team, inst, addresses, 16, threads)
         return rows.reshape(team.warps, count, 8)
 

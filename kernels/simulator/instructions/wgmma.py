@@ -5,6 +5,8 @@ because nobody may look before the wait that covers it: until then `PendingMma` 
 detector the shared operands.
 """
 
+from functools import cache
+
 import numpy as np
 
 from ..control_flow import read, registers_in, written
@@ -33,6 +35,22 @@ class PendingMma:
         mine = PendingMma()
         mine.groups = [
             [(inst, [ticket.part(kept) for ticket in tickets]) for inst, tickets in group] for group in self.groups
+        ]
+        return mine
+
+    def moved(self, position):
+        """The same, after thread i has become thread position[i]."""
+        mine = PendingMma()
+        mine.groups = [
+            [(inst, [t.moved(position) for t in tickets]) for inst, tickets in group] for group in self.groups
+        ]
+        return mine
+
+    def joined(self, others):
+        """What several teams have pending, which issued the same instructions."""
+        mine = PendingMma()
+        mine.groups = [
+            [entry for group in groups for entry in group] for groups in zip(self.groups, *(o.groups for o in others))
         ]
         return mine
 
@@ -75,6 +93,7 @@ class PendingMma:
                     )
 
 
+@cache
 def used_registers(inst):
     """The registers that a wgmma works on after it was issued: the accumulator, and A where it is in registers."""
     if not inst.has("mma_async"):
@@ -147,8 +166,10 @@ def _multiply(inst, kernel):
     fenced = _fence_before(inst, kernel)
 
     def execute(team):
-        if team.mask is not None or team.size % _THREADS or (team.warp[::4] % 4).any():
-            raise Unimplemented("wgmma executed by an incomplete warpgroup")
+        if team.mask is not None:
+            raise Unimplemented("wgmma executed by part of a warpgroup")
+        if not _has_whole_warpgroups(team):
+            return team.meet_warpgroup()
         if not fenced:
             raise team.fault(AsyncHazard, "the accumulator of this wgmma was touched since the last wgmma.fence")
         tickets = []
@@ -173,8 +194,13 @@ def _multiply(inst, kernel):
         if team.pending_mma is None:
             team.pending_mma = PendingMma()
         team.pending_mma.issue(inst, tickets)
+        return None
 
     return execute
+
+
+def _has_whole_warpgroups(team):
+    return team.warps % 4 == 0 and bool((team.warp.reshape(-1, 4) % 4 == np.arange(4)).all())
 
 
 def _load_matrix(team, inst, descriptors, rows, transposed, kind, tickets):
