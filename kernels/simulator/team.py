@@ -136,8 +136,8 @@ class Team:
             mask = None if mask is None or other is None else mask | other
         self.paths[pc] = None if mask is None or mask.all() else mask
 
-    def fork(self, taken, target):
-        """The `taken` threads go to `target`, the other active ones to the next instruction."""
+    def fork(self, taken, staying, target):
+        """The `taken` threads go to `target`, the `staying` ones to the next instruction; neither set is empty."""
         if self.mask is None and not self.parked:
             by_block = np.bincount(self.block, taken.reshape(-1, 32).all(1), len(self.batch.coordinates))
             any_taken = np.bincount(self.block, taken.reshape(-1, 32).any(1), len(self.batch.coordinates))
@@ -146,9 +146,8 @@ class Team:
                 warps = taken[::32]
                 self.batch.teams += [self.part(warps, target), self.part(~warps, self.pc + 1)]
                 return STOP
-        others = ~taken if self.mask is None else self.mask & ~taken
         self.go_on(target, taken)
-        self.go_on(self.pc + 1, others)
+        self.go_on(self.pc + 1, staying)
         return STOP
 
     def park(self, ticket):

@@ -15,11 +15,12 @@ def bra(inst, kernel):
 
     def execute(team):
         taken = guard(team)
-        if taken is None or taken is team.mask:
+        if taken is None:
             return target
         if not taken.any():
             return None
-        return team.fork(taken, target)
+        staying = ~taken if team.mask is None else team.mask & ~taken
+        return team.fork(taken, staying, target) if staying.any() else target
 
     return execute
 

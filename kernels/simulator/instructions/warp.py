@@ -137,7 +137,7 @@ def redux(inst, kernel):
         mask = guard(team)
         values = _rows(team, read(team))
         values = np.where(_active_rows(team, mask), np.abs(values) if absolute else values, neutral)
-        write(team, np.repeat(ufunc.reduce(values, axis=1), 32), mask)
+        write(team, np.repeat(ufunc.reduce(values, axis=1, dtype=values.dtype), 32), mask)
 
     return execute
 
