@@ -103,7 +103,7 @@ class Counters:
         requests, sectors = _sectors(team, offsets, size, threads)
         self.global_read += len(offsets) * size
         self.requests_read += requests
-        self.sectors_read += sectors
+        self.sectors_read += int(sectors)
 
     def wrote(self, team, inst, offsets, size, threads):
         requests, sectors = _sectors(team, offsets, size, threads)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from simulator.snippets import launch, tensor
 
 from kernels.simulator import AsyncHazard, Unimplemented
+from simulator.snippets import launch, tensor
 
 rng = np.random.default_rng(2)
 THREAD = "mov.u32 %r1, %tid.x;\nmov.u32 %r9, global_smem;\n"
@@ -183,7 +183,8 @@ PROXY, BARRIER = "fence.proxy.async.shared::cta;\n", "bar.sync 0;\n"
 
 
 def wgmma(kind, k, transposes="", scale=1):
-    return f"wgmma.mma_async.sync.aligned.m64n32k{k}.f32.{kind}.{kind} {names(100, 16)}, %rd10, %rd11, {scale}, 1, 1{transposes};\n"
+    name = f"wgmma.mma_async.sync.aligned.m64n32k{k}.f32.{kind}.{kind}"
+    return f"{name} {names(100, 16)}, %rd10, %rd11, {scale}, 1, 1{transposes};\n"
 
 
 def unpack_accumulator(words):
@@ -209,6 +210,7 @@ def operands(kind, a_k_major, b_k_major, width, k):
 
 
 def prepare(descriptors):
+    """Both operands in shared memory, their descriptors in %rd10 and %rd11, a zero accumulator."""
     return (
         THREAD
         + fill_shared(0, 0)
