@@ -9,23 +9,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import attention, check_attention_name, self_attention, split_heads
-from model.inputs import check_shape, lookup, padding_bounds
+from model.cache import KVCache
+from model.generation import GenerationMixin
+from model.inputs import check_shape, lookup, new_tokens, padding_bounds
+from model.linear import Conv1D, Head
 from model.ops import activation, causal_lm_loss, layer_norm
 from model.outputs import BaseModelOutput, CausalLMOutput
 from model.weights import PretrainedModel
-
-
-class Conv1D(nn.Module):
-    """A linear layer that stores its weight as [in, out], as GPT-2's checkpoints do."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, x):
-        y = torch.addmm(self.bias, x.flatten(0, -2), self.weight)  # [B * T, out]
-        return y.view(*x.shape[:-1], -1)  # [B, T, out]
 
 
 class Attention(nn.Module):
@@ -33,6 +23,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
+        self.layer_idx = layer_idx
         self.num_heads = config.n_head
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
@@ -43,24 +34,24 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, backend, bounds, output_attentions):
-        kv_start, kv_end = bounds
+    def forward(self, x, backend, padding, cache, output_attentions):
         options = {
             "backend": backend,
             "scale": self.scale,
-            "kv_start": kv_start,
-            "kv_end": kv_end,
             "dropout_p": self.attn_pdrop if self.training else 0.0,
             "upcast": self.upcast,
         }
         qkv = self.c_attn(x)  # [B, T, 3C]
-        weights = None
-        if output_attentions:
-            q, k, v = split_heads(qkv, self.num_heads)  # each [B, H, T, D]
-            o, weights = attention(q, k, v, return_weights=True, **options)
-            y = o.transpose(1, 2).flatten(2)  # [B, T, C], a view
+        if cache is None and not output_attentions:
+            y, weights = self_attention(qkv, self.num_heads, **options, **padding), None  # [B, T, C]
         else:
-            y = self_attention(qkv, self.num_heads, **options)  # [B, T, C]
+            q, k, v = split_heads(qkv, self.num_heads)  # each [B, H, T, D]
+            options["return_weights"] = output_attentions
+            if cache is None:
+                o, weights = attention(q, k, v, **options, **padding)
+            else:
+                o, weights = cache.attend(self.layer_idx, q, k, v, **options, **padding)
+            y = o.transpose(1, 2).flatten(2)  # [B, T, C], a view
         return self.resid_dropout(self.c_proj(y)), weights
 
 
@@ -86,8 +77,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, backend, bounds, output_attentions):
-        attended, weights = self.attn(layer_norm(x, self.ln_1), backend, bounds, output_attentions)
+    def forward(self, x, backend, padding, cache, output_attentions):
+        attended, weights = self.attn(layer_norm(x, self.ln_1), backend, padding, cache, output_attentions)
         x = x + attended
         return x + self.mlp(layer_norm(x, self.ln_2)), weights
 
@@ -121,6 +112,8 @@ class GPT2Model(PretrainedModel):
         position_ids=None,
         token_type_ids=None,
         inputs_embeds=None,
+        past_key_values=None,
+        use_cache=None,
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
@@ -129,54 +122,79 @@ class GPT2Model(PretrainedModel):
 
         attention_mask: [B, T], 1 for tokens and 0 for padding on either side; a mask with holes raises ValueError.
         Reading it costs a GPU one synchronisation: leave it out where nothing is padded.
-        position_ids: [B, T] or [1, T], by default 0 to T - 1, also where the mask pads on the left. They choose
-        position embeddings and nothing else. token_type_ids: [B, T], embedded by wte and added.
+        position_ids: [B, T] or [1, T], by default 0 to T - 1 after what the cache holds, also where the mask pads on
+        the left. They choose position embeddings, nothing else. token_type_ids: [B, T], embedded by wte and added.
+        past_key_values: a KVCache, extended in place; use_cache: whether to return one, by default if one was given, or
+        if config.use_cache and autograd is off. With a cache no graph is recorded.
         A token or position id outside its table raises ValueError on a CPU; on a GPU the embedding kernel asserts.
         """
-        x = self._embed(input_ids, position_ids, token_type_ids, inputs_embeds)  # [B, T, C]
-        bounds = padding_bounds(attention_mask, *x.shape[:2])
-        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
-        output_attentions = _default(output_attentions, self.config.output_attentions)
+        config = self.config
+        cache = past_key_values
+        if use_cache is None:
+            use_cache = cache is not None or (config.use_cache and not torch.is_grad_enabled())
+        output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
+        output_attentions = _default(output_attentions, config.output_attentions)
         checkpointing = self.gradient_checkpointing and self.training
 
+        B, T = self._check_tokens(input_ids, inputs_embeds, cache)
+        if use_cache and cache is None:
+            cache = KVCache(config, B, capacity=T, device=self.device, dtype=_compute_dtype(self))
+        if cache is None:
+            kv_start, kv_end = padding_bounds(attention_mask, B, T)
+            padding = {"kv_start": kv_start, "kv_end": kv_end}
+        else:
+            padding = {"counts": new_tokens(attention_mask, B, T, cache)}
+            cache.reserve(T)
+
         hidden_states, attentions = [], []
-        for block in self.h:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            x = self._embed(input_ids, position_ids, token_type_ids, inputs_embeds, cache)  # [B, T, C]
+            for block in self.h:
+                hidden_states.append(x)
+                arguments = (x, self.attn_implementation, padding, cache, output_attentions)
+                x, weights = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
+                attentions.append(weights)
+            x = layer_norm(x, self.ln_f)
             hidden_states.append(x)
-            arguments = (x, self.attn_implementation, bounds, output_attentions)
-            x, weights = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
-            attentions.append(weights)
-        x = layer_norm(x, self.ln_f)
-        hidden_states.append(x)
+        if cache is not None:
+            cache.advance(padding["counts"])
 
         output = BaseModelOutput(
             last_hidden_state=x,
+            past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if _default(return_dict, config.return_dict) else output.to_tuple()
 
-    def _embed(self, input_ids, position_ids, token_type_ids, inputs_embeds):
-        """Token, position and type embeddings, summed: [B, T, C]."""
+    def _check_tokens(self, input_ids, inputs_embeds, cache):
+        """The sizes (B, T) of what forward was given. Raises ValueError where it is not what it must be."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("GPT2Model: give input_ids or inputs_embeds, and not both")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given.dim() != (2 if inputs_embeds is None else 3):
-            name = "input_ids must be [B, T]" if inputs_embeds is None else "inputs_embeds must be [B, T, C]"
-            raise ValueError(f"GPT2Model: {name}; its shape is {tuple(given.shape)}")
+        given, C = (input_ids, None) if inputs_embeds is None else (inputs_embeds, self.config.n_embd)
+        if given.dim() != (2 if C is None else 3) or given.shape[2:].numel() != (C or 1):
+            expected = "input_ids must be [B, T]" if C is None else f"inputs_embeds must be [B, T, n_embd = {C}]"
+            raise ValueError(f"GPT2Model: {expected}; its shape is {tuple(given.shape)}")
         B, T = given.shape[:2]
         if self.config.n_positions < T:
             raise ValueError(f"GPT2Model: the input has {T} tokens; n_positions is {self.config.n_positions}")
-        if position_ids is None:
-            positions = self.wpe.weight[:T]  # [T, C], a view
-        else:
-            check_shape("position_ids", position_ids, (B, T), (1, T))
-            positions = lookup(self.wpe, position_ids, "position_ids", "n_positions")  # [B or 1, T, C]
+        if cache is not None and cache.batch_size != B:
+            raise ValueError(f"GPT2Model: past_key_values holds {cache.batch_size} rows; the input has {B}")
+        return B, T
+
+    def _embed(self, input_ids, position_ids, token_type_ids, inputs_embeds, cache):
+        """Token, position and type embeddings, summed: [B, T, C]."""
         if inputs_embeds is None:
             inputs_embeds = lookup(self.wte, input_ids, "input_ids", "vocab_size")  # [B, T, C]
-        elif inputs_embeds.shape[-1] != self.config.n_embd:
-            raise ValueError(
-                f"GPT2Model: inputs_embeds has width {inputs_embeds.shape[-1]}; n_embd is {self.config.n_embd}"
-            )
+        B, T = inputs_embeds.shape[:2]
+        if position_ids is not None:
+            check_shape("position_ids", position_ids, (B, T), (1, T))
+            positions = lookup(self.wpe, position_ids, "position_ids", "n_positions")  # [B or 1, T, C]
+        elif cache is None or cache.is_uniform:
+            first = 0 if cache is None else cache.get_seq_length()
+            positions = self.wpe.weight[first : first + T]  # [T, C], a view
+        else:
+            positions = self.wpe(cache.positions(T))  # [B, T, C]
         x = inputs_embeds + positions
         if token_type_ids is not None:
             check_shape("token_type_ids", token_type_ids, (B, T))
@@ -184,17 +202,16 @@ class GPT2Model(PretrainedModel):
         return self.drop(x)
 
 
-class GPT2(PretrainedModel):
+class GPT2(GenerationMixin, PretrainedModel):
     """GPT-2 with its language-modelling head, which shares wte's weight if config.tie_word_embeddings."""
 
     def __init__(self, config, *, attn_implementation="auto"):
         super().__init__(config)
         self.transformer = GPT2Model(config, attn_implementation=attn_implementation)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
+        self.lm_head = Head(self.transformer.wte.weight)
         if not config.tie_word_embeddings:
             self.lm_head.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
             init_weights(self.lm_head, config)
-        self.tie_weights()
 
     def tie_weights(self):
         """Makes lm_head and wte one parameter, if the config says so."""
@@ -212,6 +229,8 @@ class GPT2(PretrainedModel):
         labels=None,
         token_type_ids=None,
         inputs_embeds=None,
+        past_key_values=None,
+        use_cache=None,
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
@@ -228,6 +247,8 @@ class GPT2(PretrainedModel):
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -240,10 +261,12 @@ class GPT2(PretrainedModel):
                 raise ValueError("GPT2: labels need the logits of every position; leave logits_to_keep at 0")
             keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
             x = x[:, keep]
-        logits = self.lm_head(x)  # [B, T, V]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and hidden.past_key_values is None):
+            logits = self.lm_head(x)  # [B, T, V]
         output = CausalLMOutput(
             loss=None if labels is None else causal_lm_loss(logits, labels),
             logits=logits,
+            past_key_values=hidden.past_key_values,
             hidden_states=hidden.hidden_states,
             attentions=hidden.attentions,
         )
@@ -260,11 +283,16 @@ def init_weights(module, config):
     The projections into the residual stream are scaled by 1 / sqrt(2 * n_layer), one for each of its additions.
     """
     for name, part in module.named_modules():
-        if isinstance(part, Conv1D | nn.Linear | nn.Embedding):
+        if isinstance(part, Conv1D | Head | nn.Embedding):
             scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
             part.weight.normal_(0.0, config.initializer_range * scale)
-            if getattr(part, "bias", None) is not None:
+            if isinstance(part, Conv1D):
                 part.bias.zero_()
+
+
+def _compute_dtype(model):
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def _default(given, otherwise):

@@ -24,6 +24,31 @@ def padding_bounds(attention_mask, B, T):
     return start, start + count
 
 
+def new_tokens(attention_mask, B, T, cache):
+    """How many of T new tokens each row of a cache gets: a list. Left padding, known from the mask, goes to the cache.
+
+    The cache remembers what it holds, so of a mask [B, past + T] only the last T columns are read.
+    """
+    if attention_mask is None:
+        return [T] * B
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask: its shape is {tuple(attention_mask.shape)}; with past_key_values it must be "
+            f"[B, T] = {(B, T)} or wider"
+        )
+    start, end = padding_bounds(attention_mask[:, -T:], B, T)
+    if start is None:
+        return [T] * B
+    starts = start.tolist()
+    if any(starts):
+        if cache.get_seq_length():
+            raise ValueError(
+                "attention_mask: padding before new tokens; a cache that holds tokens takes it only after them"
+            )
+        cache.starts = starts
+    return end.tolist()
+
+
 def check_shape(name, tensor, *allowed):
     if tuple(tensor.shape) not in allowed:
         raise ValueError(f"GPT2: {name} has shape {tuple(tensor.shape)}; it must be {' or '.join(map(str, allowed))}")

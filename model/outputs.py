@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from model.cache import KVCache
+
 
 class ModelOutput(Mapping):
     """Base of the outputs: `out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, `out.to_tuple()`."""
@@ -32,9 +34,10 @@ class ModelOutput(Mapping):
 
 @dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
-    """last_hidden_state [B, T, C]; hidden_states: n_layer + 1 of [B, T, C]; attentions: n_layer of [B, H, T, T]."""
+    """last_hidden_state [B, T, C]; hidden_states: n_layer + 1 of [B, T, C]; attentions: n_layer of [B, H, T, T_k]."""
 
     last_hidden_state: torch.Tensor | None = None
+    past_key_values: KVCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -45,5 +48,20 @@ class CausalLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    past_key_values: KVCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class GenerateOutput(ModelOutput):
+    """sequences [R, L]; scores: one [R, V] for each step, as processed; sequences_scores [R] of beams.
+
+    forward_passes: how often the model ran, prefill included.
+    """
+
+    sequences: torch.Tensor | None = None
+    sequences_scores: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    past_key_values: KVCache | None = None
+    forward_passes: int | None = None

@@ -25,20 +25,23 @@ def their_config(config, **options):
     return transformers.GPT2Config(**values, **options)
 
 
-def spread(model):
+TALKATIVE = 0.2  # the spread at which a tiny model says different things rather than one word again and again
+
+
+def spread(model, std=0.05):
     """Weights larger than GPT-2's initialisation, and biases that are not 0, so that every term shows in the logits."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise, alpha=0.05 if parameter.dim() > 1 else 0.2)
+            parameter.add_(noise, alpha=std if parameter.dim() > 1 else 0.2)
     return model
 
 
-def pair(config=None, *, attn="eager", theirs="eager", cls=GPT2, their_cls=None):
+def pair(config=None, *, attn="eager", theirs="eager", cls=GPT2, their_cls=None, std=0.05):
     """(ours, theirs), both in eval mode, with equal weights."""
     config = tiny_config() if config is None else config
-    ours = spread(cls(config, attn_implementation=attn)).eval()
+    ours = spread(cls(config, attn_implementation=attn), std).eval()
     their_cls = their_cls or transformers.GPT2LMHeadModel
     peer = their_cls(their_config(config, attn_implementation=theirs)).eval()
     peer.load_state_dict(ours.state_dict())

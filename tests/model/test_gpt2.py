@@ -295,7 +295,7 @@ IDS = torch.zeros(2, 4, dtype=torch.long)
         ({}, "give input_ids or inputs_embeds, and not both"),
         ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 4, 48)}, "and not both"),
         ({"input_ids": IDS[0]}, r"input_ids must be \[B, T\]; its shape is \(4,\)"),
-        ({"inputs_embeds": torch.zeros(2, 4, 47)}, "inputs_embeds has width 47; n_embd is 48"),
+        ({"inputs_embeds": torch.zeros(2, 4, 47)}, r"must be \[B, T, n_embd = 48\]; its shape is \(2, 4, 47\)"),
         ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "the input has 65 tokens; n_positions is 64"),
         ({"input_ids": IDS + 101}, "input_ids range from 101 to 101; .* below vocab_size = 101"),
         ({"input_ids": IDS - 1}, "input_ids range from -1 to -1"),

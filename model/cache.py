@@ -1,0 +1,139 @@
+"""The KV cache: one preallocated tensor for all layers, and how many tokens of each row it holds.
+
+Rows may have different lengths. Row b occupies slots 0 to lengths[b] - 1 of its own, so a token's slot is its position
+and no row pays for another's padding. The lengths live on the host, where generation already knows them.
+"""
+
+import torch
+
+from model.attention import attention
+
+STEP = 256  # slots by which the cache grows
+
+
+class KVCache:
+    """Keys and values of every layer, [n_layer, 2, B, H, capacity, D], read in place by attention.
+
+    lengths: tokens held by each row. starts: the first token of each row that may be seen (left padding), or None.
+    one_query_at_a_time: on a CPU, attends from each new token by itself, so that several new tokens at once give the
+    bits that one after the other would.
+    """
+
+    def __init__(self, config, batch_size, *, capacity=STEP, device=None, dtype=None):
+        self.n_positions = config.n_positions
+        shape = (config.n_layer, 2, batch_size, config.n_head, min(capacity, config.n_positions), config.head_dim)
+        self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch_size
+        self.starts = None
+        self.one_query_at_a_time = False
+
+    @property
+    def batch_size(self):
+        return self.data.shape[2]
+
+    @property
+    def capacity(self):
+        return self.data.shape[4]
+
+    @property
+    def is_uniform(self):
+        """Whether all rows are equally long."""
+        return len(set(self.lengths)) <= 1
+
+    def get_seq_length(self):
+        """The length of the longest row."""
+        return max(self.lengths, default=0)
+
+    def positions(self, T):
+        """The positions [B or 1, T] of the next T tokens of each row."""
+        first = self.lengths[:1] if self.is_uniform else self.lengths
+        return torch.tensor(first, device=self.data.device)[:, None] + torch.arange(T, device=self.data.device)
+
+    def reserve(self, T):
+        """Makes room for T more tokens in the longest row. Raises ValueError where n_positions has none."""
+        needed = self.get_seq_length() + T
+        if needed > self.n_positions:
+            raise ValueError(
+                f"KVCache: the {self.get_seq_length()} tokens held and {T} new ones need {needed} positions; "
+                f"n_positions is {self.n_positions}"
+            )
+        if needed > self.capacity:
+            capacity = min(self.n_positions, -(-needed // STEP) * STEP)
+            grown = self.data.new_empty((*self.data.shape[:4], capacity, self.data.shape[5]))
+            grown[..., : self.capacity, :].copy_(self.data)
+            self.data = grown
+
+    def attend(self, layer, q, k, v, counts, **options):
+        """Stores k and v [B, H, T, D], and attends from q to all that the rows then hold.
+
+        counts: how many of the T tokens of each row are tokens; the rest is padding on the right, whose o means
+        nothing. Returns (o, weights), as `attention` does.
+        """
+        self._store(layer, k, v)
+        keys, values = self.data[layer]  # each [B, H, capacity, D]
+        T = q.shape[2]
+        is_alone = counts == [T] and self.starts is None and not self.one_query_at_a_time
+        if q.device.type == "cpu" and not is_alone and not options.get("return_weights"):
+            return self._attend_by_row(q, keys, values, counts, options), None
+        longest = self.get_seq_length() + T
+        q_start = None if self.is_uniform else torch.tensor(self.lengths, dtype=torch.int32, device=q.device)
+        starts = None if self.starts is None else torch.tensor(self.starts, dtype=torch.int32, device=q.device)
+        return attention(q, keys[:, :, :longest], values[:, :, :longest], q_start=q_start, kv_start=starts, **options)
+
+    def advance(self, counts):
+        """Counts the tokens that every layer has stored by now."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+
+    def crop(self, lengths):
+        """Forgets all tokens from `lengths` on (an int, or one per row)."""
+        lengths = [lengths] * self.batch_size if isinstance(lengths, int) else lengths
+        self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths)]
+
+    def reorder(self, rows):
+        """Row b becomes what row rows[b] was; `rows` may repeat, leave out, and change the number of rows."""
+        index = torch.as_tensor(rows, device=self.data.device)
+        self.data = self.data.index_select(2, index)
+        rows = index.tolist()
+        self.lengths = [self.lengths[row] for row in rows]
+        self.starts = None if self.starts is None else [self.starts[row] for row in rows]
+
+    def reset(self):
+        """Forgets everything and keeps the memory."""
+        self.lengths = [0] * self.batch_size
+        self.starts = None
+
+    def row(self, b):
+        """A cache of row b alone, on the same memory until one of them grows; its lengths are its own."""
+        view = object.__new__(KVCache)
+        view.__dict__.update(self.__dict__, data=self.data[:, :, b : b + 1], lengths=[self.lengths[b]])
+        view.starts = None if self.starts is None else [self.starts[b]]
+        return view
+
+    def _store(self, layer, k, v):
+        T = k.shape[2]
+        if self.is_uniform:
+            slots = slice(self.lengths[0], self.lengths[0] + T)
+            self.data[layer, 0, :, :, slots].copy_(k)
+            self.data[layer, 1, :, :, slots].copy_(v)
+            return
+        rows = torch.arange(self.batch_size, device=k.device)[:, None]  # [B, 1]
+        slots = self.positions(T)  # [B, T]
+        for held, new in zip(self.data[layer], (k, v)):
+            held.transpose(1, 2)[rows, slots] = new.transpose(1, 2)  # [B, T, H, D]
+
+    def _attend_by_row(self, q, keys, values, counts, options):
+        """Each row by itself and at its own length, so that its result is the one it has alone, to the bit.
+
+        On a CPU a call costs microseconds; SDPA there divides the keys among threads by the number of rows.
+        """
+        B, H, T, D = q.shape
+        o = q.new_zeros(B, T, H, D).transpose(1, 2)  # [B, H, T, D]
+        for b, (held, count) in enumerate(zip(self.lengths, counts)):
+            start = 0 if self.starts is None else self.starts[b]
+            first = max(start - held, 0)  # the first new token that is no padding
+            step = 1 if self.one_query_at_a_time else max(count - first, 1)
+            for t in range(first, count, step):
+                queries, seen = slice(t, t + step), slice(start, held + t + step)
+                k, v = keys[b : b + 1, :, seen], values[b : b + 1, :, seen]
+                o[b : b + 1, :, queries] = attention(q[b : b + 1, :, queries], k, v, **options)[0]
+        return o

@@ -1,0 +1,146 @@
+"""From logits to the next token: the processors of Hugging Face's generate, in its order, and sampling by row.
+
+A processor maps (ids [R, L], scores [R, V]) to scores; all rows of one call are equally long and hold no padding.
+"""
+
+import math
+
+import torch
+
+NEVER = -math.inf
+
+
+def repetition_penalty(penalty):
+    """Divides positive scores of tokens that occurred by `penalty` and multiplies negative ones. Keskar et al. 2019."""
+
+    def process(ids, scores):
+        seen = scores.gather(1, ids)
+        return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+    return process
+
+
+def no_repeat_ngram(n):
+    """Forbids each token that would complete an n-gram for the second time."""
+
+    def process(ids, scores):
+        L = ids.shape[1]
+        if n > L:
+            return scores
+        windows = ids.unfold(1, n, 1)  # [R, L - n + 1, n]
+        repeats = (windows[..., :-1] == ids[:, None, L + 1 - n :]).all(-1)
+        scores = scores.clone()
+        for row, repeat, window in zip(scores, repeats, windows):
+            row[window[repeat][:, -1]] = NEVER
+        return scores
+
+    return process
+
+
+def bad_words(sequences):
+    """Forbids each last token of a sequence of ids whose other tokens have just been said."""
+
+    def process(ids, scores):
+        scores = scores.clone()
+        for *prefix, last in sequences:
+            if len(prefix) <= ids.shape[1]:
+                said = (ids[:, ids.shape[1] - len(prefix) :] == ids.new_tensor(prefix)).all(-1)
+                scores[said, last] = NEVER
+        return scores
+
+    return process
+
+
+def min_length(length, eos):
+    """Forbids the end of the text while there are fewer than `length` tokens."""
+
+    def process(ids, scores):
+        if ids.shape[1] >= length:
+            return scores
+        return scores.index_fill(1, torch.tensor(eos, device=scores.device), NEVER)
+
+    return process
+
+
+def temperature(value):
+    return lambda scores: scores / value
+
+
+def top_k(k):
+    """Keeps the k best scores, and those equal to the last of them."""
+    return lambda scores: scores.masked_fill(scores < scores.topk(min(k, scores.shape[-1])).values[:, -1:], NEVER)
+
+
+def top_p(p):
+    """Keeps the fewest tokens whose probability reaches p. Holtzman et al. 2019."""
+
+    def process(scores):
+        ascending, order = scores.sort()
+        beyond = ascending.softmax(-1).cumsum(-1) <= 1 - p
+        beyond[:, -1] = False
+        return scores.masked_fill(beyond.scatter(1, order, beyond), NEVER)
+
+    return process
+
+
+def min_p(p):
+    """Keeps the tokens with at least p times the probability of the likeliest."""
+
+    def process(scores):
+        probabilities = scores.softmax(-1)
+        return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
+
+    return process
+
+
+def build_processors(settings, prompt_length, eos, extra=()):
+    """The processors that look at the tokens, in Hugging Face's order; the caller's own come last."""
+    processors = []
+    if settings.repetition_penalty != 1.0:
+        processors.append(repetition_penalty(settings.repetition_penalty))
+    if settings.no_repeat_ngram_size:
+        processors.append(no_repeat_ngram(settings.no_repeat_ngram_size))
+    if settings.bad_words_ids:
+        processors.append(bad_words([word for word in settings.bad_words_ids if word not in [[i] for i in eos]]))
+    shortest = max(settings.min_length, prompt_length + settings.min_new_tokens)
+    if eos and shortest > prompt_length:
+        processors.append(min_length(shortest, eos))
+    return [*processors, *extra]
+
+
+def build_warpers(settings):
+    """What shapes the distribution that a token is drawn from: scores [R, V] to scores, in Hugging Face's order."""
+    warpers = []
+    if settings.temperature != 1.0:
+        warpers.append(temperature(settings.temperature))
+    if settings.top_k:
+        warpers.append(top_k(settings.top_k))
+    if settings.top_p < 1.0:
+        warpers.append(top_p(settings.top_p))
+    if settings.min_p is not None:
+        warpers.append(min_p(settings.min_p))
+    return warpers
+
+
+def row_seeds(seed, rows, repeats):
+    """A seed for each of rows * repeats sequences; row r of a single seed s has s + r, as if it came alone with it."""
+    if seed is None:
+        return torch.randint(2**62, (rows * repeats,)).tolist()
+    if isinstance(seed, int):
+        return [seed + r for r in range(rows * repeats)]
+    if len(seed) != rows:
+        raise ValueError(f"generate: {len(seed)} seeds for {rows} rows; give one, or one per row")
+    return [s + i for s in seed for i in range(repeats)]
+
+
+def uniform_draws(seeds, steps, device):
+    """Numbers [R, steps] in [0, 1), one stream for each row: drawn at once and on the CPU, the same for each device."""
+    draws = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).double().to(device)
+
+
+def draw(scores, uniform):
+    """The token of each row at which the cumulative probability passes uniform [R]."""
+    cumulative = scores.double().softmax(-1).cumsum(-1)  # [R, V]
+    # float32's largest number below 1, times the total, stays below the total: a token of probability 0 is never drawn.
+    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
