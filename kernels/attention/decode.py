@@ -5,9 +5,9 @@ program takes one split of SPLIT keys, one tile, without a loop, and leaves that
 second kernel merges the splits of each query (Flash-Decoding, Dao et al., 2023). A single query is a matrix-vector
 product: multiply and sum, on no matrix unit, since a padded tl.dot would do sixteen times the work.
 
-The size of a split is fixed by the head dim and the dtype; the number of splits is not chosen to fill the chip. So a row's result
-does not depend on the batch around it, nor on how long the cache's buffer is: the merge goes through the row's own
-splits in order, and stops where they end.
+The size of a split is fixed by the head dim and the dtype; the number of splits is not chosen to fill the chip. So a
+row's result does not depend on the batch around it, nor on how long the cache's buffer is: the merge goes through the
+row's own splits in order, and stops where they end.
 
 FLOPs: 4 B H T_q T_k D. Bytes, least: k and v once each, 4 B H T_k D at two bytes per element; the partial results add
 8 T_q / SPLIT bytes per 4 bytes of cache.
