@@ -52,6 +52,7 @@ INTEGER = [
     ("mad.lo.s32 {d}, {a}, {b}, {c}", "s32", lambda a, b, c: a * b + c),
     ("mad.hi.u32 {d}, {a}, {b}, {c}", "u32", lambda a, b, c: ((a * b) >> 32) + c),
     ("min.s32 {d}, {a}, {b}", "s32", min),
+    ("min.relu.s32 {d}, {a}, {b}", "s32", lambda a, b: max(min(a, b), 0)),
     ("max.s32 {d}, {a}, {b}", "s32", max),
     ("min.u32 {d}, {a}, {b}", "u32", min),
     ("max.u32 {d}, {a}, {b}", "u32", max),

@@ -170,13 +170,14 @@ def rem(inst):
 
 
 def _extremum(inst, quiet, propagating):
-    """min and max: without .NaN the other operand wins over a NaN, with it NaN does."""
+    """min and max: without .NaN the other operand wins over a NaN, with it NaN does. .relu: never below 0."""
     if inst.has("xorsign"):
         raise unknown(inst)
     pick = propagating if inst.has("NaN") else quiet
+    keep = (lambda x: np.maximum(x, 0)) if inst.has("relu") else (lambda x: x)
     if len(inst.operands) == 4:
-        return _uniform(inst, lambda a, b, c: pick(pick(a, b), c), 3)
-    return _uniform(inst, pick, 2)
+        return _uniform(inst, lambda a, b, c: keep(pick(pick(a, b), c)), 3)
+    return _uniform(inst, lambda a, b: keep(pick(a, b)), 2)
 
 
 @elementwise("min")
