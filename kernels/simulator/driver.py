@@ -74,11 +74,11 @@ class _Loaded:
     """A compiled kernel as the driver keeps it, with what was parsed of it."""
 
     def __init__(self, metadata):
-        self.name, self.shared, self._text = metadata.name, metadata.shared, _texts[metadata.hash]
+        self.name, self.shared, self.text = metadata.name, metadata.shared, _texts[metadata.hash]
         self._programs = {}
 
     def program(self, transform):
-        text = self._text if transform is None else transform(self._text)
+        text = self.text if transform is None else transform(self.text)
         if text not in self._programs:
             self._programs[text] = Program(parse(text), self.shared)
         return self._programs[text]
