@@ -6,37 +6,36 @@ can be encoded, and remembered, alone. GPT-2's vocabulary was learned from mostl
 Chinese characters; a Chinese sentence, which is hardly ever seen twice, becomes characters that are.
 """
 
-import re
 from functools import cached_property
-from itertools import groupby
+
+from .unicode_classes import ASCII_PATTERN, gpt2_pattern, letters
 
 FIRST, LAST = 0x2E80, 0xD7A3  # the blocks of Chinese, Japanese and Korean; all take three bytes
 
 
-class IsolatedCharacters:
-    """Built from a vocabulary on first use. token_bytes: the bytes of every ordinary token."""
+class FinePieces:
+    """Cuts text like `pretokenize.pieces`, and letters also before and after each isolated one.
+
+    token_bytes: the bytes of every ordinary token. What depends on them is built when the first text comes that is not
+    ASCII.
+    """
 
     def __init__(self, token_bytes):
         self.token_bytes = token_bytes
 
-    def cut(self, piece):
-        """Parts of a piece whose tokens, one after the other, are those of the piece."""
-        return self._pattern.findall(piece)
+    def __call__(self, text):
+        """Parts (list[str]) of text, whose tokens, one part after the other, are those of the text."""
+        return (ASCII_PATTERN if text.isascii() else self._pattern).findall(text)
 
     @cached_property
-    def characters(self):
-        """The isolated characters, in order (str)."""
+    def isolated(self):
+        """The isolated letters, in order (str)."""
         starts, ends = _joined_fragments(self.token_bytes)
-        return "".join(c for c in map(chr, range(FIRST, LAST + 1)) if _is_isolated(c.encode(), starts, ends))
+        return "".join(c for c in letters(FIRST, LAST) if _is_isolated(c.encode(), starts, ends))
 
     @cached_property
     def _pattern(self):
-        # Equal differences of code point and position mark a range of neighbours.
-        groups = [list(group) for _, group in groupby(enumerate(self.characters), lambda item: ord(item[1]) - item[0])]
-        ranges = "".join(f"{group[0][1]}-{group[-1][1]}" for group in groups)
-        # A piece's leading space does join the first character, so it stays with it. Without any isolated character
-        # the whole piece is one part.
-        return re.compile(f" ?[{ranges}]|[^{ranges}]+" if ranges else "(?s).+")
+        return gpt2_pattern(alone=self.isolated)
 
 
 def _is_isolated(encoded, starts, ends):
@@ -48,7 +47,7 @@ def _joined_fragments(token_bytes):
     """What tokens hold of a character that they join to the one before it, and of one that they join to the one after.
 
     Each fragment is a whole character, or the part of it that a token which ends or starts inside it still holds.
-    A leading space does not count as a character before.
+    A leading space does not count as a character before: it stays with the letter, isolated or not.
     """
     starts, ends = set(), set()
     for token in token_bytes:

@@ -9,7 +9,7 @@ Both are bounded, in bytes, and start afresh when full.
 
 from itertools import chain
 
-from .pretokenize import cut, head_and_blocks, pieces, spelled
+from .pretokenize import cut, head_and_blocks, spelled
 
 MAX_KEY = 100  # characters
 WORDS_BYTES = 32 << 20
@@ -19,6 +19,8 @@ _flatten = chain.from_iterable
 
 
 class _Remembered(dict):
+    """A dict of at most `limit` bytes: an entry counts 200 for a string, a tuple and a place, and what they hold."""
+
     def __init__(self, limit):
         self.limit = self.room = limit
 
@@ -27,51 +29,47 @@ class _Remembered(dict):
         self.room = self.limit
 
     def remember(self, key, tokens):
-        """Keeps an entry: 200 bytes for a string, a tuple and a place in the dict, and what they hold, at most."""
         if len(key) <= MAX_KEY:
             self.room -= 200 + 4 * len(key) + 8 * len(tokens)
             if self.room < 0:
                 self.clear()
             self[key] = tokens
+        return tokens
 
 
 class _Pieces(_Remembered):
-    def __init__(self, encoder, known, isolated):
+    def __init__(self, encoder, known):
         super().__init__(PIECES_BYTES)
-        self.encoder, self.known, self.isolated = encoder, known, isolated
+        self.encode, self.known = encoder.encode, known
 
     def __missing__(self, piece):
         token = self.known.get(piece)
-        if token is not None:
-            tokens = (token,)
-        elif len(piece) > 2 and not piece.isascii() and len(parts := self.isolated.cut(piece)) > 1:
-            tokens = tuple(_flatten(map(self.__getitem__, parts)))
-        else:
-            tokens = tuple(self.encoder.encode(piece.encode()))
-        self.remember(piece, tokens)
-        return tokens
+        return self.remember(piece, tuple(self.encode(piece.encode())) if token is None else (token,))
 
 
 class _Words(_Remembered):
-    def __init__(self, memo):
+    def __init__(self, tokens_of_piece, cut):
         super().__init__(WORDS_BYTES)
-        self.memo = memo
+        self.tokens_of_piece, self.cut = tokens_of_piece, cut
 
     def __missing__(self, key):
-        tokens = tuple(_flatten(map(self.memo.__getitem__, pieces(spelled(key)))))
-        self.remember(key, tokens)
-        return tokens
+        parts = self.cut(spelled(key))
+        if len(parts) == 1:
+            return self.remember(key, self.tokens_of_piece(parts[0]))
+        return self.remember(key, tuple(_flatten(map(self.tokens_of_piece, parts))))
 
 
 class Memo:
     """Encodes text without special tokens.
 
-    encoder: a BytePairEncoder. known: {piece: token} for pieces that are one token. isolated: IsolatedCharacters.
+    encoder: a BytePairEncoder. known: {piece: token} for pieces that are one token. cut: what cuts text into parts that
+    are encoded alone, as `pretokenize.pieces` does.
     """
 
-    def __init__(self, encoder, known, isolated):
-        self._pieces = _Pieces(encoder, known, isolated)
-        self._words = _Words(self._pieces)
+    def __init__(self, encoder, known, cut):
+        self._pieces = _Pieces(encoder, known)
+        self._words = _Words(self._pieces.__getitem__, cut)
+        self._cut = cut
 
     def clear(self):
         """Forgets everything, as when new."""
@@ -82,11 +80,11 @@ class Memo:
         """Token ids (list[int]) of text (str). Raises UnicodeEncodeError for a lone surrogate."""
         tokens_of_piece, tokens_of_word = self._pieces.__getitem__, self._words.__getitem__
         head, blocks = head_and_blocks(text)
-        ids = list(_flatten(map(tokens_of_piece, pieces(head))))
+        ids = list(_flatten(map(tokens_of_piece, self._cut(head))))
         for block in blocks:
             keys = cut(block)
             if keys is None:
-                ids += _flatten(map(tokens_of_piece, pieces(block)))
+                ids += _flatten(map(tokens_of_piece, self._cut(block)))
             else:
                 ids += _flatten(map(tokens_of_word, keys))
         return ids

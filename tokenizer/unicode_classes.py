@@ -7,6 +7,7 @@ compares these tables with both.
 """
 
 import re
+from itertools import groupby
 
 # General category L: 141,028 characters.
 _LETTERS = """
@@ -90,32 +91,53 @@ BEYOND_BMP = "\U00010000-\U0010ffff"
 
 
 def _ranges(table, first, last):
-    """The ranges of a table that lie in [first, last], as the inside of a regex's character class."""
-    inside = []
+    """The ranges of a table, as pairs of code points, that lie in [first, last]; none reaches over U+FFFF."""
     for word in table.split():
         low, _, high = word.partition("-")
         low, high = int(low, 16), int(high or low, 16)
         if first <= low and high <= last:
-            inside.append(f"{chr(low)}-{chr(high)}")
-    return "".join(inside)
+            yield low, high
 
 
-def gpt2_pattern():
+def letters(first, last):
+    """The letters in the ranges of the table that lie in [first, last], in order (str)."""
+    return "".join(chr(point) for low, high in _ranges(_LETTERS, first, last) for point in range(low, high + 1))
+
+
+def _inside(ranges):
+    """The inside of a regex's character class."""
+    return "".join(f"{chr(low)}-{chr(high)}" for low, high in ranges)
+
+
+def _neighbours(characters):
+    """Sorted characters as ranges: where position and code point grow alike, characters are neighbours."""
+    for _, group in groupby(enumerate(characters), lambda item: ord(item[1]) - item[0]):
+        points = [ord(character) for _, character in group]
+        yield points[0], points[-1]
+
+
+def gpt2_pattern(alone=""):
     r"""GPT-2's pattern (OpenAI's gpt-2 repository, encoder.py), compiled:
 
         's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
     `re` has no `\p{L}`, so its ranges are spelled out. It tests a character up to U+FFFF by table, and one beyond
     against range after range; so those stand apart, behind a look ahead that other characters fail at once.
+
+    alone: letters up to U+FFFF that are to match alone, or with a space before them, instead of with their neighbours.
     """
-    letters, numbers = (_ranges(table, 0x80, 0xFFFF) for table in (_LETTERS, _NUMBERS))
-    far_letters, far_numbers = (_ranges(table, 0x10000, 0x10FFFF) for table in (_LETTERS, _NUMBERS))
-    letters, numbers, far = f"A-Za-z{letters}", f"0-9{numbers}", f"(?=[{BEYOND_BMP}])"
+    near = letters(0x80, 0xFFFF)
+    if alone:
+        near = near.translate(dict.fromkeys(map(ord, alone)))
+    single = f"| ?[{_inside(_neighbours(alone))}]" if alone else ""
+    letter, far_letter = f"A-Za-z{_inside(_neighbours(near))}", _inside(_ranges(_LETTERS, 0x10000, 0x10FFFF))
+    number, far_number = (_inside(_ranges(_NUMBERS, *limits)) for limits in ((0, 0xFFFF), (0x10000, 0x10FFFF)))
+    any_letter, far = _inside(_ranges(_LETTERS, 0, 0xFFFF)), f"(?=[{BEYOND_BMP}])"
     return re.compile(
-        "'(?:[sdmt]|re|ve|ll)"
-        f"| ?(?:[{letters}]+|{far}[{far_letters}])+"
-        f"| ?(?:[{numbers}]+|{far}[{far_numbers}])+"
-        f"| ?(?:[^{WHITESPACE}{letters}{numbers}{BEYOND_BMP}]+|{far}[^{far_letters}{far_numbers}])+"
+        f"'(?:[sdmt]|re|ve|ll){single}"
+        f"| ?(?:[{letter}]+|{far}[{far_letter}])+"
+        f"| ?(?:[{number}]+|{far}[{far_number}])+"
+        f"| ?(?:[^{WHITESPACE}{any_letter}{number}{BEYOND_BMP}]+|{far}[^{far_letter}{far_number}])+"
         f"|[{WHITESPACE}]+(?![^{WHITESPACE}])|[{WHITESPACE}]+"
     )
 
