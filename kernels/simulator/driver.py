@@ -40,7 +40,7 @@ _FIRST_DEVICE = 9000
 
 
 class Simulation:
-    """What `simulate` yields. `launches`: one `Launch` per kernel launch, in order, each with its counters."""
+    """What `simulate` yields. `launches`: one `Launch` per launch, in order, each with its counters and its cubin."""
 
     def __init__(self, arch, seed=None, transform=None):
         self.arch, self.chip = arch, CHIPS[arch]
@@ -57,24 +57,26 @@ class Simulation:
         launch = Launch(program, grid, values, memory, self._schedule)
         launch.run()
         memory.write_back()
-        launch.memory = None
+        launch.memory, launch.cubin = None, loaded.cubin
         self.launches.append(launch)
 
 
 _simulations = []  # those entered and not yet left; the last one is in charge
-_texts = {}  # PTX by the compiled kernel's hash
+_files = {}  # what was compiled, by the kernel's hash: {".ptx": bytes, ".cubin": bytes}
 
 
-def _keep_ptx(module, function, name, metadata_group, hash):
+def _keep_files(module, function, name, metadata_group, hash):
     """Triton calls this when it loads a kernel: the only place that shows a launcher its PTX."""
-    _texts[hash] = Path(next(path for file, path in metadata_group.items() if file.endswith(".ptx"))).read_text()
+    paths = [Path(path) for path in metadata_group.values()]
+    _files[hash] = {path.suffix: path.read_bytes() for path in paths if path.suffix in (".ptx", ".cubin")}
 
 
 class _Loaded:
     """A compiled kernel as the driver keeps it, with what was parsed of it."""
 
     def __init__(self, metadata):
-        self.name, self.shared, self.text = metadata.name, metadata.shared, _texts[metadata.hash]
+        self.name, self.shared = metadata.name, metadata.shared
+        self.text, self.cubin = _files[metadata.hash][".ptx"].decode(), _files[metadata.hash][".cubin"]
         self._programs = {}
 
     def program(self, transform):
@@ -225,7 +227,7 @@ def simulate(arch, *, seed=None, transform=None):
     previous = triton_driver._active
     simulation = Simulation(arch, seed, transform)
     _simulations.append(simulation)
-    knobs.runtime.kernel_load_start_hook.add(_keep_ptx)
+    knobs.runtime.kernel_load_start_hook.add(_keep_files)
     triton_driver.set_active(SimulatorDriver(arch))
     try:
         yield simulation
@@ -233,4 +235,4 @@ def simulate(arch, *, seed=None, transform=None):
         triton_driver.set_active(previous)
         _simulations.remove(simulation)
         if not _simulations:
-            knobs.runtime.kernel_load_start_hook.remove(_keep_ptx)
+            knobs.runtime.kernel_load_start_hook.remove(_keep_files)
