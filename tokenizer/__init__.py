@@ -7,7 +7,7 @@
     assert tokenizer.decode(ids) == "Hello, world!"
 
 Reading order: `vocabulary.py` (bytes, tokens, merges), `pretokenize.py` (text into pieces), `bpe.py` (a piece into
-tokens), `memo.py` and `isolated.py` (why this is fast), `gpt2.py` (the API), then `special.py`, `batch.py`, `files.py`,
+tokens), `memo.py` and `borders.py` (why this is fast), `gpt2.py` (the API), then `special.py`, `batch.py`, `files.py`,
 `stream.py` and `train.py`.
 """
 

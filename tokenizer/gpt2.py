@@ -6,8 +6,8 @@ from operator import itemgetter
 
 from . import files
 from .batch import PADDING, BatchEncoding, as_tensors, pad, padded_length
+from .borders import FinePieces
 from .bpe import BytePairEncoder
-from .isolated import FinePieces
 from .memo import Memo
 from .special import ROLES, Role, RoleId, partition
 from .vocabulary import END_OF_TEXT, gpt2_vocabulary, vocabulary_from_merges

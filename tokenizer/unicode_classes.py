@@ -116,7 +116,7 @@ def _neighbours(characters):
         yield points[0], points[-1]
 
 
-def gpt2_pattern(alone=""):
+def gpt2_pattern(closing=""):
     r"""GPT-2's pattern (OpenAI's gpt-2 repository, encoder.py), compiled:
 
         's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -124,20 +124,18 @@ def gpt2_pattern(alone=""):
     `re` has no `\p{L}`, so its ranges are spelled out. It tests a character up to U+FFFF by table, and one beyond
     against range after range; so those stand apart, behind a look ahead that other characters fail at once.
 
-    alone: letters up to U+FFFF that are to match alone, or with a space before them, instead of with their neighbours.
+    closing: letters beyond ASCII, up to U+FFFF, that end a match instead of going on with the letters behind them.
     """
-    near = letters(0x80, 0xFFFF)
-    if alone:
-        near = near.translate(dict.fromkeys(map(ord, alone)))
-    single = f"| ?[{_inside(_neighbours(alone))}]" if alone else ""
-    letter, far_letter = f"A-Za-z{_inside(_neighbours(near))}", _inside(_ranges(_LETTERS, 0x10000, 0x10FFFF))
+    others = letters(0x80, 0xFFFF).translate(dict.fromkeys(map(ord, closing)))
+    letter, far_letter = f"A-Za-z{_inside(_neighbours(others))}", _inside(_ranges(_LETTERS, 0x10000, 0x10FFFF))
     number, far_number = (_inside(_ranges(_NUMBERS, *limits)) for limits in ((0, 0xFFFF), (0x10000, 0x10FFFF)))
-    any_letter, far = _inside(_ranges(_LETTERS, 0, 0xFFFF)), f"(?=[{BEYOND_BMP}])"
+    last, far = _inside(_neighbours(closing)), f"(?=[{BEYOND_BMP}])"
+    some_letters = f"(?:[{letter}]+|{far}[{far_letter}])+"
     return re.compile(
-        f"'(?:[sdmt]|re|ve|ll){single}"
-        f"| ?(?:[{letter}]+|{far}[{far_letter}])+"
-        f"| ?(?:[{number}]+|{far}[{far_number}])+"
-        f"| ?(?:[^{WHITESPACE}{any_letter}{number}{BEYOND_BMP}]+|{far}[^{far_letter}{far_number}])+"
+        "'(?:[sdmt]|re|ve|ll)"
+        + (f"| ?(?:{some_letters}[{last}]?|[{last}])" if closing else f"| ?{some_letters}")
+        + f"| ?(?:[{number}]+|{far}[{far_number}])+"
+        f"| ?(?:[^{WHITESPACE}{letter}{last}{number}{BEYOND_BMP}]+|{far}[^{far_letter}{far_number}])+"
         f"|[{WHITESPACE}]+(?![^{WHITESPACE}])|[{WHITESPACE}]+"
     )
 
