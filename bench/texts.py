@@ -14,7 +14,7 @@ SEED = 0
 
 def english(size):
     """Prose paragraphs of Python's own manual (pydoc_data.topics), then of docstrings of the installed packages."""
-    return _until(size, dict.fromkeys(filter(_is_prose, map(_unindented, _paragraphs()))), "\n\n")
+    return _until(size, _once(filter(_is_prose, map(_unindented, _paragraphs()))), "\n\n")
 
 
 def code(size):
@@ -81,6 +81,14 @@ def letters(size):
 TEXTS = {text.__name__: text for text in (english, code, chinese, mixed, adversarial, letters)}
 
 
+def _once(parts):
+    seen = set()
+    for part in parts:
+        if part not in seen:
+            seen.add(part)
+            yield part
+
+
 def _until(size, parts, separator):
     taken, length = [], 0
     for part in parts:
@@ -93,9 +101,11 @@ def _until(size, parts, separator):
 
 def _sources():
     for name in ("stdlib", "purelib"):
-        root = Path(sysconfig.get_path(name))
-        for path in sorted(root.rglob("*.py")):
-            if name == "purelib" or "site-packages" not in path.parts:
+        # Folder by folder, so that a short text reads no more of the tree than it needs.
+        for entry in sorted(Path(sysconfig.get_path(name)).iterdir()):
+            if entry.name == "site-packages":
+                continue
+            for path in [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py")):
                 try:
                     yield path.read_text(encoding="utf-8")
                 except (OSError, UnicodeDecodeError):  # test data that is broken on purpose
