@@ -21,7 +21,6 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.27",
-        "regex>=2023.12.25",
         "matplotlib>=3.8",
         "tqdm>=4.66",
     ],
