@@ -85,9 +85,9 @@ class KVCache:
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
 
     def crop(self, lengths):
-        """Forgets all tokens from `lengths` on (an int, or one per row)."""
+        """Forgets all tokens from `lengths` on (an int, or one per row); a negative number counts from the end."""
         lengths = [lengths] * self.batch_size if isinstance(lengths, int) else lengths
-        self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths)]
+        self.lengths = [min(old, new if new >= 0 else old + new) for old, new in zip(self.lengths, lengths)]
 
     def reorder(self, rows):
         """Row b becomes what row rows[b] was; `rows` may repeat, leave out, and change the number of rows."""

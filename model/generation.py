@@ -72,10 +72,7 @@ class GenerationMixin:
         stops = Stops(eos, stop_strings, tokenizer, stopping_criteria)
         if streamer is not None and len(prompts) * settings.num_return_sequences * settings.num_beams > 1:
             raise ValueError("generate: a streamer takes one row, and no beams")
-        if self.device.type == "cpu":
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.pack()
+        self.pack_weights()
 
         run = Decoding(self, settings, prompts, budgets, stops, eos, list(logits_processor or ()), streamer)
         run.fill = pad if pad is not None else eos[0] if eos else 0
@@ -89,6 +86,13 @@ class GenerationMixin:
         if streamer is not None:
             streamer.end()
         return output if return_dict_in_generate else output.sequences
+
+    @torch.no_grad()
+    def pack_weights(self):
+        """Packs the weights for decoding on a CPU, where it helps; generate() does it at its first call."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     def _prompts(self, input_ids, attention_mask, pad):
         """The prompts as a list of ids [L], without padding."""

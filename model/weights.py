@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -155,7 +155,7 @@ class PretrainedModel(nn.Module):
             model = cls(config, attn_implementation=attn_implementation)
         dtype = torch_dtype if torch_dtype is not None else dtype
         if isinstance(dtype, str):
-            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+            dtype = config.dtype if dtype == "auto" else replace(config, dtype=dtype).dtype
         load_weights(model, read_checkpoint(source), dtype=dtype, strict=strict)
         model.config.dtype = model.dtype
         return model.eval()

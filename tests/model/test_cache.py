@@ -125,6 +125,9 @@ def test_crop_reorder_and_reset():
         cache = model(ids, attention_mask=mask).past_key_values
         cache.crop([8, 3, 2])
         assert cache.lengths == [8, 3, 2]
+        cache.crop(-2)
+        assert cache.lengths == [6, 1, 0]
+        cache.lengths = [8, 3, 2]
         cache.crop(6)
         assert cache.lengths == [6, 3, 2]
         cache.reorder([1, 1, 0, 2])

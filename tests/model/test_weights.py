@@ -139,6 +139,8 @@ def test_arguments_reach_the_model_and_the_config(saved):
     assert len(model(IDS).hidden_states) == 4
     with pytest.raises(TypeError, match="unexpected argument 'device_map'"):
         GPT2.from_pretrained(saved, device_map="auto")
+    with pytest.raises(ValueError, match="dtype is 'float7'; it must be a floating-point"):
+        GPT2.from_pretrained(saved, dtype="float7")
     with pytest.raises(ValueError, match="attn_implementation='fast' is unknown"):
         GPT2.from_pretrained(saved, attn_implementation="fast")
 
