@@ -26,6 +26,7 @@ class Chart:
     x, y, series: fields of a row. kind: "lines" for numbers x, "bars" for names x.
     relative_to: names of series; y becomes (y of the first of them that was measured) / y, a speed-up if y is a time.
     powers: the x axis is logarithmic to base 2, with a tick at each x.
+    mode: draws only the rows of this mode; None for all.
     """
 
     file: str
@@ -39,9 +40,12 @@ class Chart:
     relative_to: tuple[str, ...] = ()
     kind: str = "lines"
     powers: bool = True
+    mode: str | None = None
 
-    def fits(self, rows):
-        return all({self.x, self.y, self.series, *self.facets} <= row.keys() for row in rows)
+    def rows_of(self, rows):
+        """The rows that this chart draws, or none if one of them lacks a field."""
+        mine = [row for row in rows if self.mode is None or row.get("mode") == self.mode]
+        return mine if all({self.x, self.y, self.series, *self.facets} <= row.keys() for row in mine) else []
 
 
 _ATTENTION = ("mode", "dtype", "H", "D", "causal")
@@ -72,6 +76,16 @@ CHARTS = (
         facets=("mode", "state", "threads"),
         kind="bars",
     ),
+    Chart(
+        file="model_inference.png",
+        title="GPT-2: time of a forward pass",
+        y="median_ms",
+        y_label="ms",
+        x="B",
+        x_label="batch size B",
+        facets=("size", "dtype", "T"),
+        mode="inference",
+    ),
 )
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. A name keeps its colour in every chart.
@@ -95,10 +109,10 @@ def draw(path):
     """Draws the charts of the JSON file at `path` beside it; returns their paths. ValueError if none fits."""
     path = Path(path)
     environment, rows = load(path)
-    charts = [chart for chart in CHARTS if rows and chart.fits(rows)]
-    if not charts:
+    drawn = [(chart, mine) for chart in CHARTS if (mine := chart.rows_of(rows))]
+    if not drawn:
         raise ValueError(f"{path}: its rows have the fields of no chart in plots.CHARTS")
-    return [draw_chart(chart, environment, rows, path.with_name(chart.file)) for chart in charts]
+    return [draw_chart(chart, environment, mine, path.with_name(chart.file)) for chart, mine in drawn]
 
 
 def load(path):

@@ -1,0 +1,89 @@
+"""The model sweep: its rows, the page's tables, and what it refuses."""
+
+import json
+
+import pytest
+
+from bench import harness, model_sweep
+from bench.harness import OK
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A size of its own, so that a sweep takes seconds."""
+    monkeypatch.setitem(model_sweep.PRESETS, "tiny", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97})
+
+
+@pytest.mark.parametrize("pair", [("eager", "sdpa"), ("transformers-sdpa", "sdpa")], ids="-".join)
+def test_a_sweep_writes_rows_tables_and_the_diagram(pair, tiny, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--quick", "--size", "tiny", "--pair", *pair, "--out", str(tmp_path)]
+    model_sweep.main(arguments)
+    data = json.loads((tmp_path / "model_sweep.json").read_text())
+    rows = data["rows"]
+    assert data["environment"]["command"].startswith("python bench/model_sweep.py --device cpu --quick")
+    assert {row["mode"] for row in rows} == set(model_sweep.MODES)
+    assert {row["backend"] for row in rows} == set(pair)
+    for row in rows:
+        assert row["status"] == OK
+        assert row["median_ms"] > 0
+        assert row["error"] < 1e-4
+        assert row["peak_memory_mb"] is None  # a CPU's is not measured
+    tables = (tmp_path / "model_sweep.md").read_text()
+    assert (
+        f"| Batch size | Seq len | Time per batch ({pair[0]} - s) | Time per batch ({pair[1]} - s) | Speedup (%) |"
+        in tables
+    )
+    assert f"| Per token latency {pair[0]} (ms) |" in tables
+    assert tables.count("not measured") == 3 * len(rows) / 2
+    assert (tmp_path / "model_inference.png").stat().st_size > 10_000
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_a_provider_that_computes_something_else_gets_no_time(tiny, tmp_path, monkeypatch):
+    right = model_sweep.Provider.logits
+    monkeypatch.setattr(
+        model_sweep.Provider, "logits", lambda self, ids: right(self, ids) + (0.01 if self.name == "sdpa" else 0)
+    )
+    model_sweep.main(["--device", "cpu", "--quick", "--size", "tiny", "--mode", "inference", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "model_sweep.json").read_text())["rows"]
+    for row in rows:
+        assert (row["median_ms"] is None) == (row["backend"] == "sdpa")
+        assert row["status"].startswith("failed: error of logits") == (row["backend"] == "sdpa")
+    assert "failed: error of logits" in (tmp_path / "model_sweep.md").read_text()
+
+
+def test_speedup_and_saving_are_the_pages():
+    """The page's first row: 0.039 s against 0.032 s (23 %, of rounded times 21.9), 3482.32 MB against 3494.62 MB."""
+    common = {"mode": "training", "size": "gpt2-large", "dtype": "float16", "B": 1, "T": 128, "status": OK}
+    rows = [
+        {**common, "backend": "eager", "median_ms": 39.0, "peak_memory_mb": 3482.32},
+        {**common, "backend": "sdpa", "median_ms": 32.0, "peak_memory_mb": 3494.62},
+    ]
+    line = model_sweep.markdown(rows, ("eager", "sdpa"), {"device": "x", "torch": "y"}).splitlines()[-1]
+    assert line == "| 1 | 128 | 0.03900 | 0.03200 | 21.9 | 3482 | 3495 | -0.4 |"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pair", "eager", "flash"], "--pair flash: unknown; choose from"),
+        (["--pair", "sdpa", "sdpa"], "two different providers are required"),
+        (["--pair", "sdpa", "triton"], "--pair triton: not timed without a GPU"),
+        (["--seq-lens", "2000"], "--seq-lens 2000: between 2 and n_positions = 1024 is required"),
+        (["--batch", "0"], "positive whole number"),
+        (["--size", "gpt3"], "invalid choice: 'gpt3'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refuses_before_work_starts(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        model_sweep.main(["--device", "cpu", "--out", str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_is_the_default_on_a_gpu():
+    assert model_sweep.PAGE["training"] == ((1, 2, 4), (128, 256, 512, 1024))
+    assert model_sweep.PAGE["decoding"] == ((1, 2, 4), (128, 256, 512, 768))
+    assert harness.DTYPES.keys() == {"float16", "bfloat16", "float32"}
