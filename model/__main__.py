@@ -1,0 +1,202 @@
+"""python -m model "prompt": GPT-2 continues a text in the terminal, as it is written.
+
+python -m model "Once upon a time" --max-new-tokens 60 --seed 1
+echo "def hello_world():" | python -m model --greedy
+python -m model --batch-file prompts.txt --json
+python -m model "Hello" --random-weights --size gpt2
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model import GPT2, GPT2Config
+from model.config import PRESETS
+from model.streaming import TextStreamer
+from tokenizer import GPT2Tokenizer
+
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompt", nargs="?", help="the text to continue; standard input if it is - or not given")
+    parser.add_argument("--batch-file", type=Path, help="continue each line of a UTF-8 file, all in one batch")
+    parser.add_argument("--model", default="gpt2", help="a directory or a name on the Hub (default: gpt2)")
+    parser.add_argument("--random-weights", action="store_true", help="do not load weights; see --size")
+    parser.add_argument("--size", choices=PRESETS, default="gpt2", help="with --random-weights (default: gpt2)")
+    parser.add_argument("--attn", default="auto", help="attention backend: auto, triton, sdpa, eager (default: auto)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: the checkpoint's)")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="(default: 100)")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token; the default is to sample")
+    parser.add_argument("--temperature", type=float, default=0.9, help="(default: 0.9)")
+    parser.add_argument("--top-k", type=int, default=50, help="(default: 50; 0 for all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1.0)")
+    parser.add_argument("--seed", type=int, help="the same seed, the same text")
+    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="draft N tokens from repetitions; greedy")
+    parser.add_argument("--sliding-window", action="store_true", help="go on beyond the model's context")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt and nothing else")
+    options = parser.parse_args(arguments)
+    if options.prompt is not None and options.batch_file is not None:
+        parser.error("both a prompt and --batch-file were given; one is required")
+    return options
+
+
+def read_prompts(options):
+    """The texts to continue. Raises ValueError where one is empty."""
+    if options.batch_file is not None:
+        prompts = options.batch_file.read_text(encoding="utf-8").splitlines()
+    elif options.prompt is None or options.prompt == "-":
+        prompts = [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
+    else:
+        prompts = [options.prompt]
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt is empty; each needs some text")
+    return prompts
+
+
+def load(options):
+    """(model, tokenizer), on the device."""
+    dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
+    if options.random_weights:
+        torch.manual_seed(0 if options.seed is None else options.seed)
+        model = GPT2(GPT2Config.preset(options.size), attn_implementation=options.attn).eval()
+        model = model if dtype == "auto" else model.to(dtype)
+        return model.to(options.device), GPT2Tokenizer.from_pretrained("gpt2")
+    model = GPT2.from_pretrained(options.model, attn_implementation=options.attn, dtype=dtype).to(options.device)
+    has_tokenizer = any((Path(options.model) / name).is_file() for name in ("tokenizer.json", "merges.txt"))
+    return model, GPT2Tokenizer.from_pretrained(options.model if has_tokenizer else "gpt2")
+
+
+class Progress:
+    """A stopping criterion that stops nothing: it keeps what was said, and when, for the last line and for Ctrl-C."""
+
+    def __init__(self, device):
+        self.device = device
+        self.start = time.perf_counter()
+        self.times = []
+
+    def __call__(self, ids, scores):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    def rates(self, prompt_tokens, new_tokens):
+        """Tokens/s (of prefill, of decode); None where there was nothing to time."""
+        if not self.times:
+            return None, None
+        decode = self.times[-1] - self.times[0]
+        decoded = new_tokens - 1
+        return prompt_tokens / (self.times[0] - self.start), decoded / decode if decode and decoded > 0 else None
+
+
+class Teller(TextStreamer):
+    """Prints as it goes, unless silent, and keeps the text in case it is interrupted."""
+
+    def __init__(self, tokenizer, silent):
+        super().__init__(tokenizer)
+        self.silent = silent
+        self.ids = []
+
+    def put(self, ids):
+        self.ids.extend(ids.flatten().tolist())
+        super().put(ids)
+
+    def on_text(self, text):
+        if not self.silent:
+            super().on_text(text)
+
+    def on_end(self):
+        if not self.silent:
+            super().on_end()
+
+
+def main(arguments=None):
+    """Runs the command; returns the exit status."""
+    options = parse(arguments)
+    try:
+        prompts = read_prompts(options)
+        model, tokenizer = load(options)
+        return run(options, prompts, model, tokenizer)
+    except (OSError, ValueError) as error:
+        print(f"model: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as from `| head`; what is left in the buffer must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(options, prompts, model, tokenizer):
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    teller = Teller(tokenizer, silent=options.json) if len(prompts) == 1 else None
+    model.pack_weights()
+    progress = Progress(model.device)
+    interrupted = False
+    try:
+        out = model.generate(
+            encoded,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=not (options.greedy or options.lookup),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            prompt_lookup_num_tokens=options.lookup,
+            sliding_window=options.sliding_window,
+            streamer=teller,
+            stopping_criteria=[progress],
+        )
+        width = max(map(len, encoded))
+        texts = [until_end(row[width - len(ids) :].tolist(), len(ids), model) for row, ids in zip(out, encoded)]
+    except KeyboardInterrupt:
+        interrupted = True
+        if teller is not None:
+            teller.end()
+        texts = [teller.ids if teller is not None and teller.ids else ids for ids in encoded[:1]] + encoded[1:]
+    report(options, prompts, encoded, texts, tokenizer, progress, interrupted)
+    return INTERRUPTED if interrupted else 0
+
+
+def until_end(text, prompt_length, model):
+    """A row's ids up to its first end-of-text token, without the padding behind it."""
+    end = model.config.eos_token_id
+    return text[: text.index(end, prompt_length) + 1] if end in text[prompt_length:] else text
+
+
+def report(options, prompts, encoded, texts, tokenizer, progress, interrupted):
+    """The texts, if they were not streamed, and the last line."""
+    prompt_tokens = sum(map(len, encoded))
+    new_tokens = [len(text) - len(ids) for text, ids in zip(texts, encoded)]
+    prefill, decode = progress.rates(prompt_tokens, max(new_tokens))
+    if options.json:
+        for prompt, ids, text in zip(prompts, encoded, texts):
+            row = {
+                "prompt": prompt,
+                "text": tokenizer.decode(text[len(ids) :]),
+                "ids": text[len(ids) :],
+                "seed": options.seed,
+                "interrupted": interrupted,
+                "prefill_tokens_per_s": prefill,
+                "decode_tokens_per_s": decode,
+            }
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    if len(prompts) > 1:
+        for text in texts:
+            print(tokenizer.decode(text, skip_special_tokens=True), end="\n\n")
+    rates = [f"{name} {rate:.1f} tokens/s" for name, rate in (("prefill", prefill), ("decode", decode)) if rate]
+    rows = f" in each of {len(prompts)} rows" if len(prompts) > 1 else ""
+    print(f"[{prompt_tokens} + {max(new_tokens)} tokens{rows}; {', '.join(rates) or 'not timed'}]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
