@@ -84,3 +84,19 @@ def refuse_second_derivative(function):
             f"{function}: no second derivative is implemented, and create_graph=True asks for one; "
             "use the plain-PyTorch form (kernels.reference) where higher-order gradients are needed"
         )
+
+
+def check_dropout(function, tensor, dropout_p, seed):
+    """The seed that dropout uses on `tensor`: None without dropout, `seed` if given, else one that torch draws."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{function}: dropout_p is {dropout_p}; it must be in [0, 1)")
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**31, (1,), dtype=torch.int64, device=tensor.device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != tensor.device:
+        raise ValueError(
+            f"{function}: dropout_seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; "
+            f"it must be torch.int64 (1,) on {tensor.device}"
+        )
+    return seed

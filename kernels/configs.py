@@ -7,6 +7,8 @@ blocks), not from times: none of them was measured on hardware yet.
 
 from dataclasses import dataclass
 
+import triton
+
 from kernels.library import active_arch
 
 # What a section of heads may occupy of L2; the smallest supported chip's L2 with room to spare for queries and outputs.
@@ -79,6 +81,74 @@ def attention_config(direction, dtype, head_dim):
     """The tile shape for "forward", "dq" or "dkdv" on the chip that kernels are compiled for now."""
     rows = _ATTENTION[family(active_arch())][direction, dtype.itemsize]
     return next(config for limit, config in rows.items() if head_dim <= limit)
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """BLOCK_M rows a program, each as PIECES tiles of BLOCK_N columns; SUMS: with sums over rows beside them."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    PIECES: int
+    num_warps: int
+    SUMS: bool = True
+
+
+# Elements that a program of 8 warps keeps at once, and how wide a row may be where a tile's row is one warp's 256
+# columns: two values per element live in the forward pass, four in the backward.
+_ROW_BUDGET = {"forward": (28672, 2048), "backward": (8192, 1024)}
+
+
+def row_config(direction, N):
+    """How LayerNorm's "forward" or "backward" holds rows of N columns; N at most 16384.
+
+    It depends on nothing but N, so that a row's bits do not depend on how many rows there are. At least as many columns
+    a tile as threads: fewer, and each warp would load weight and bias for itself.
+    """
+    budget, one_warp = _ROW_BUDGET[direction]
+    if direction == "backward" and budget < N:
+        return RowConfig(1, 4096, triton.cdiv(N, 4096), 16, SUMS=False)
+    BLOCK_N = min(256 * max(1, triton.next_power_of_2(N) // one_warp), max(16, triton.next_power_of_2(N)))
+    PIECES = triton.cdiv(N, BLOCK_N)
+    rows = max(1, budget // (BLOCK_N * PIECES))
+    return RowConfig(min(16, 2 ** (rows.bit_length() - 1)), BLOCK_N, PIECES, 8)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile of BLOCK_M rows by BLOCK_N columns, computed by num_warps warps."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+
+
+# GELU: a warp's row is 256 columns, which divides GPT-2's widths; the bias is read once for 16 rows.
+GELU_TILE = TileConfig(16, 256, 4)
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """A row of logits in tiles of UNROLL * LANES * VEC columns: VEC neighbours a load, UNROLL loads a thread."""
+
+    UNROLL: int
+    LANES: int
+    VEC: int
+
+    @property
+    def num_warps(self):
+        return self.LANES // 32
+
+
+def vocabulary_config(V, *rows):
+    """The tile for rows of V logits, as wide as it may be loaded: 16 bytes where every row of every tensor is aligned.
+
+    It depends on V, the dtype and the alignment, not on the number of rows.
+    """
+    per_load = 16 // rows[0].element_size()
+    aligned = all(x.stride(0) % per_load == 0 and x.data_ptr() % 16 == 0 for x in rows)
+    LANES = min(256, max(32, triton.next_power_of_2(V) // 16))
+    return VocabularyConfig(2, LANES, per_load) if aligned else VocabularyConfig(2 * per_load, LANES, 1)
 
 
 def heads_in_l2(bytes_per_head, heads):

@@ -75,3 +75,37 @@ def attention(
 def gelu(x):
     """GPT-2's GELU: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Hendrycks and Gimpel 2016, section 2."""
     return 0.5 * x * (1.0 + torch.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3)))
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """LayerNorm over the last dimension. Ba, Kiros and Hinton 2016."""
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, keep=None):
+    """(y, sum): sum = residual + dropout(x), and y the LayerNorm of the sum as it is stored.
+
+    keep, bool, stands in for the random choice of dropout.
+    """
+    if keep is not None:
+        x = x * keep / (1.0 - dropout_p)
+    elif dropout_p:
+        x = torch.nn.functional.dropout(x, dropout_p)
+    sum = residual + x
+    return layer_norm(sum, weight, bias, eps), sum
+
+
+def bias_gelu(x, bias):
+    """gelu(x + bias)."""
+    return gelu(x + bias)
+
+
+def cross_entropy(logits, target, *, ignore_index=-100, reduction="mean"):
+    """Cross-entropy of logits [M, V] against target [M]: softmax and loss in fp32 (fp64 for fp64)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, target, ignore_index=ignore_index, reduction=reduction)
+
+
+def linear_cross_entropy(x, weight, target, *, ignore_index=-100, reduction="mean"):
+    """Cross-entropy of the logits x weight^T, for x [M, C] and weight [V, C], with the logits in full."""
+    return cross_entropy(x @ weight.T, target, ignore_index=ignore_index, reduction=reduction)

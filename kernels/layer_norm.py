@@ -1,0 +1,458 @@
+"""LayerNorm, alone or with the residual addition before it, forward and backward.
+
+    sum  = residual + dropout(x)                   x itself where there is no residual
+    y_j  = (sum_j - mean) rstd weight_j + bias_j   mean over the N columns, rstd = 1 / sqrt(variance + eps)
+
+and with  x_hat = (sum - mean) rstd,  g = weight dy,  both [N]:
+
+    dsum    = rstd (g - mean(g) - x_hat mean(g x_hat)) + what flows into sum from elsewhere
+    dweight = sum over rows of dy x_hat,  dbias = sum over rows of dy
+
+(Ba, Kiros and Hinton, 2016.) Rows stay in registers between their statistics and their use, so each tensor crosses
+memory once. Statistics are fp32 and the variance is a second pass over centred values. The mean of the centred values,
+zero but for rounding, is subtracted as well, so that a row of mean 1e4 and spread 1e-2 loses nothing to its mean.
+
+Bytes, least, for M rows of e bytes an element: forward 2 M N e (add: 4 M N e), weight, bias 2 N e, mean, rstd 8 M;
+backward 3 M N e (4 with a second gradient into sum, one more with dropout), weight, dweight, dbias 3 N e, mean, rstd
+8 M. Above that the kernels read weight and bias once per program, and write and read 2 P N fp32 of partial sums, P at
+most rows.PARTIAL_ROWS. FLOPs: about 8 a forward element, 12 a backward one; memory decides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.tiles import _keep
+from kernels.checks import check_device, check_dropout, check_dtype, check_same, refuse_second_derivative
+from kernels.configs import row_config
+from kernels.library import define_op, device_of
+from kernels.rows import (
+    PARTIAL_ROWS,
+    _load_piece,
+    _load_vector_piece,
+    _store_partial,
+    _store_piece,
+    as_rows,
+    check_vector,
+    column_sums,
+    unit_stride,
+)
+
+MAX_WIDTH = 16384
+
+
+@triton.jit
+def _dropout(
+    x, seed_ptr, offs_m, keep_scale, drop_below, i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Piece i of rows offs_m after dropout, whose choice depends on nothing but the seed, the row and the column."""
+    keep = _keep(tl.load(seed_ptr), tl.full([], 0, tl.uint32), offs_m, i * BLOCK_N, drop_below, BLOCK_M, BLOCK_N)
+    return tl.where(keep, x * keep_scale, 0.0)
+
+
+@triton.jit
+def _layer_norm_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,
+    sum_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    stride_x,
+    stride_residual,
+    M,
+    eps,
+    keep_scale,
+    drop_below,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pieces = ()
+    weight = ()
+    bias = ()
+    for i in tl.static_range(PIECES):
+        x = _load_piece(x_ptr, offs_m, stride_x, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        if residual_ptr is not None:
+            residual = _load_piece(residual_ptr, offs_m, stride_residual, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            if seed_ptr is not None:
+                x = _dropout(x, seed_ptr, offs_m, keep_scale, drop_below, i, BLOCK_M, BLOCK_N)
+            # y is the norm of the stored sum, which backward reads.
+            x = (residual.to(tl.float32) + x).to(sum_ptr.dtype.element_ty)
+            _store_piece(sum_ptr, x, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            x = x.to(tl.float32)
+        pieces += (x,)
+        weight += (_load_vector_piece(weight_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
+        bias += (_load_vector_piece(bias_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
+
+    total = pieces[0]
+    for i in tl.static_range(1, PIECES):
+        total += pieces[i]
+    mean = tl.sum(total, 1) / N  # [BLOCK_M]
+
+    centred = ()
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.static_range(PIECES):
+        x = pieces[i] - mean[:, None]
+        if (i + 1) * BLOCK_N > N:
+            x = tl.where((i * BLOCK_N + tl.arange(0, BLOCK_N) < N)[None, :], x, 0.0)
+        centred += (x,)
+        total += x
+        squares += x * x
+    rest = tl.sum(total, 1) / N  # what rounding left in the mean
+    rstd = tl.rsqrt(tl.sum(squares, 1) / N - rest * rest + eps)
+
+    for i in tl.static_range(PIECES):
+        x_hat = (centred[i] - rest[:, None]) * rstd[:, None]
+        y = x_hat * weight[i].to(tl.float32) + bias[i].to(tl.float32)
+        _store_piece(y_ptr, y, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+    tl.store(mean_ptr + offs_m, mean + rest, mask=offs_m < M)
+    tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < M)
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    dy_ptr,
+    dsum_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    dresidual_ptr,
+    dx_ptr,
+    partial_ptr,
+    stride_dy,
+    stride_dsum,
+    stride_x,
+    M,
+    keep_scale,
+    drop_below,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    weight = ()
+    dweight = ()
+    dbias = ()
+    for i in tl.static_range(PIECES):
+        weight += (_load_vector_piece(weight_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
+        if SUMS:
+            dweight += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+            dbias += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+
+    for m in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+
+        x_hat = ()
+        g = ()
+        dweight_before = dweight
+        dbias_before = dbias
+        dweight = ()
+        dbias = ()
+        total_g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total_gx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in tl.static_range(PIECES):
+            dy = _load_piece(dy_ptr, offs_m, stride_dy, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            x = _load_piece(x_ptr, offs_m, stride_x, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            x_hat += ((x - mean) * rstd,)
+            g += (dy * weight[i].to(tl.float32),)  # zero outside [M, N], as dy is
+            total_g += g[i]
+            total_gx += g[i] * x_hat[i]
+            if SUMS:
+                dweight += (dweight_before[i] + dy * x_hat[i],)
+                dbias += (dbias_before[i] + dy,)
+        mean_g = tl.sum(total_g, 1)[:, None] / N
+        mean_gx = tl.sum(total_gx, 1)[:, None] / N
+
+        for i in tl.static_range(PIECES):
+            d = (g[i] - mean_g - x_hat[i] * mean_gx) * rstd
+            if dsum_ptr is not None:
+                d += _load_piece(dsum_ptr, offs_m, stride_dsum, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            _store_piece(dresidual_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            if seed_ptr is not None:
+                d = _dropout(d, seed_ptr, offs_m, keep_scale, drop_below, i, BLOCK_M, BLOCK_N)
+                _store_piece(dx_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+
+    if SUMS:
+        for i in tl.static_range(PIECES):
+            offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            _store_partial(partial_ptr, tl.sum(dweight[i], 0), 0, pid, tl.num_programs(0), offs_n, N)
+            _store_partial(partial_ptr, tl.sum(dbias[i], 0), 1, pid, tl.num_programs(0), offs_n, N)
+
+
+@triton.jit
+def _weight_gradients_kernel(
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    partial_ptr,
+    stride_dy,
+    stride_x,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dweight and dbias of BLOCK_N columns alone, where rows are too wide to be kept beside them."""
+    p = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for m in tl.range(p * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        rows = offs_m.to(tl.int64)[:, None]
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        dy = tl.load(dy_ptr + rows * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        dweight += dy * (x - mean) * rstd
+        dbias += dy
+    _store_partial(partial_ptr, tl.sum(dweight, 0), 0, p, tl.num_programs(1), offs_n, N)
+    _store_partial(partial_ptr, tl.sum(dbias, 0), 1, p, tl.num_programs(1), offs_n, N)
+
+
+def _dropout_numbers(dropout_p):
+    """keep_scale and drop_below: dropout_p rounded to a multiple of 1 / 65536, as _keep decides."""
+    drop_below = round(dropout_p * 65536)
+    return 65536 / (65536 - drop_below), drop_below
+
+
+def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
+    """y [M, N] and sum [M, N] (None without a residual) in x's dtype, mean and rstd [M] fp32."""
+    M, N = x.shape
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    sum = None if residual is None else torch.empty_like(y)
+    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
+    if M:
+        config = row_config("forward", N)
+        with device_of(x):
+            _layer_norm_forward_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+                x,
+                residual,
+                weight,
+                bias,
+                seed,
+                sum,
+                y,
+                mean,
+                rstd,
+                x.stride(0),
+                0 if residual is None else residual.stride(0),
+                M,
+                eps,
+                *_dropout_numbers(dropout_p),
+                N=N,
+                BLOCK_M=config.BLOCK_M,
+                BLOCK_N=config.BLOCK_N,
+                PIECES=config.PIECES,
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
+            )
+    return y, sum, mean, rstd
+
+
+def _launch_layer_norm_backward(dy, dsum, x, weight, mean, rstd, seed, dropout_p):
+    """dresidual [M, N], dx [M, N] (None without a seed), and dweight and dbias as one [2, N]."""
+    M, N = x.shape
+    dresidual = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    dx = None if seed is None else torch.empty_like(dresidual)
+    config = row_config("backward", N)
+    programs = min(PARTIAL_ROWS, triton.cdiv(M, config.BLOCK_M))
+    partial = torch.empty(2, programs, N, dtype=torch.float32, device=x.device)
+    if M:
+        with device_of(x):
+            _layer_norm_backward_kernel[(programs,)](
+                dy,
+                dsum,
+                x,
+                weight,
+                mean,
+                rstd,
+                seed,
+                dresidual,
+                dx,
+                partial,
+                dy.stride(0),
+                0 if dsum is None else dsum.stride(0),
+                x.stride(0),
+                M,
+                *_dropout_numbers(dropout_p),
+                N=N,
+                BLOCK_M=config.BLOCK_M,
+                BLOCK_N=config.BLOCK_N,
+                PIECES=config.PIECES,
+                SUMS=config.SUMS,
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
+            )
+            if not config.SUMS:
+                _weight_gradients_kernel[(triton.cdiv(N, 256), programs)](
+                    dy,
+                    x,
+                    mean,
+                    rstd,
+                    partial,
+                    dy.stride(0),
+                    x.stride(0),
+                    M,
+                    N,
+                    BLOCK_M=16,
+                    BLOCK_N=256,
+                    num_warps=4,
+                    enable_fp_fusion=True,
+                )
+    return dresidual, dx, column_sums(partial, weight.dtype)
+
+
+def _forward(x, weight, bias, eps):
+    check_device("layer_norm", x, "x")
+    y, _, mean, rstd = _launch_layer_norm_forward(x, None, weight, bias, None, eps, 0.0)
+    return y, mean, rstd
+
+
+def _forward_fake(x, weight, bias, eps):
+    statistic = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+def _backward(dy, x, weight, mean, rstd):
+    dx, _, dparameters = _launch_layer_norm_backward(dy, None, x, weight, mean, rstd, None, 0.0)
+    return dx, dparameters
+
+
+def _backward_fake(dy, x, weight, mean, rstd):
+    return x.new_empty(x.shape), weight.new_empty(2, *weight.shape)
+
+
+def _add_forward(x, residual, weight, bias, seed, eps, dropout_p):
+    check_device("add_layer_norm", x, "x")
+    return _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p)
+
+
+def _add_forward_fake(x, residual, weight, bias, seed, eps, dropout_p):
+    y, mean, rstd = _forward_fake(x, weight, bias, eps)
+    return y, torch.empty_like(y), mean, rstd
+
+
+def _add_backward(dy, dsum, sum, weight, mean, rstd, seed, dropout_p):
+    dresidual, dx, dparameters = _launch_layer_norm_backward(dy, dsum, sum, weight, mean, rstd, seed, dropout_p)
+    return dresidual, sum.new_empty(0) if dx is None else dx, dparameters
+
+
+def _add_backward_fake(dy, dsum, sum, weight, mean, rstd, seed, dropout_p):
+    dx = sum.new_empty(0 if seed is None else sum.shape)
+    return torch.empty_like(sum), dx, weight.new_empty(2, *weight.shape)
+
+
+layer_norm_forward = define_op(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+layer_norm_backward = define_op(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+add_layer_norm_forward = define_op(
+    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? seed, float eps, "
+    "float dropout_p) -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_forward,
+    _add_forward_fake,
+)
+add_layer_norm_backward = define_op(
+    "add_layer_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd, "
+    "Tensor? seed, float dropout_p) -> (Tensor, Tensor, Tensor)",
+    _add_backward,
+    _add_backward_fake,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivative("layer_norm")
+        dx, dparameters = layer_norm_backward(unit_stride(dy), *ctx.saved_tensors)
+        return dx, *dparameters.unbind(), None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p):
+        y, sum, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p)
+        ctx.save_for_backward(sum, weight, mean, rstd, seed)
+        ctx.dropout_p = dropout_p
+        ctx.set_materialize_grads(False)  # where only y is used, no zeros are read for sum
+        return y, sum
+
+    @staticmethod
+    def backward(ctx, dy, dsum):
+        refuse_second_derivative("add_layer_norm")
+        sum, *saved, seed = ctx.saved_tensors
+        dy = torch.zeros_like(sum) if dy is None else unit_stride(dy)
+        dsum = None if dsum is None else unit_stride(dsum)
+        dresidual, dx, dparameters = add_layer_norm_backward(dy, dsum, sum, *saved, seed, ctx.dropout_p)
+        return dresidual if seed is None else dx, dresidual, *dparameters.unbind(), None, None, None
+
+
+def _check_parameters(function, x, weight, bias):
+    check_dtype(function, x, "x")
+    N = x.shape[-1]
+    if N > MAX_WIDTH:
+        raise ValueError(f"{function}: x has width {N}; it must be at most {MAX_WIDTH}")
+    check_vector(function, x, "x", weight, "weight")
+    check_vector(function, x, "x", bias, "bias")
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """LayerNorm over the last dimension by a Triton kernel, differentiable once. Ba, Kiros and Hinton, 2016.
+
+    x: [..., N], rows evenly spaced in memory and of unit stride (they are read in place), N from 1 to 16384.
+    weight, bias: [N]. fp16, bf16 or fp32, all the same; statistics and arithmetic are fp32.
+    Returns y with x's shape and dtype, contiguous. Its bits depend on the row alone, not on the others.
+    Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
+    """
+    rows = as_rows("layer_norm", x, "x")
+    _check_parameters("layer_norm", x, weight, bias)
+    return _LayerNorm.apply(rows, weight, bias, float(eps)).view(x.shape)
+
+
+def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropout_seed=None):
+    """(y, sum): sum = residual + dropout(x), and y its LayerNorm, in one pass; differentiable once.
+
+    x, residual: [..., N] of one shape; otherwise as layer_norm's x. sum is rounded to their dtype, and y is its norm.
+    dropout_p: probability that dropout zeroes an element of x, in [0, 1), rounded to a multiple of 1 / 65536.
+    dropout_seed: int64 [1] on x's device; drawn from torch's generator there unless given.
+    Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
+    """
+    function = "add_layer_norm"
+    rows, residual_rows = as_rows(function, x, "x"), as_rows(function, residual, "residual")
+    check_same(function, x, "x", residual, "residual")
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"{function}: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; they must match"
+        )
+    _check_parameters(function, x, weight, bias)
+    seed = check_dropout(function, x, dropout_p, dropout_seed)
+    y, sum = _AddLayerNorm.apply(rows, residual_rows, weight, bias, seed, float(eps), float(dropout_p))
+    return y.view(x.shape), sum.view(x.shape)

@@ -1,0 +1,115 @@
+"""What the row-wise kernels share: a row held in registers, sums over columns, rows as the kernels take them.
+
+A row of N columns is PIECES tiles of BLOCK_N side by side, so that a width that is no power of two (768 = 3 * 256,
+1600 = 6.25 * 256) leaves at most a part of the last piece idle, where one padded tile would leave up to half of all
+lanes. N is constexpr: whole pieces need no mask.
+
+Sums over rows (dweight, dbias) are taken by P programs, at most PARTIAL_ROWS, each into one row of a [P, N] tensor in
+fp32, and a second kernel adds those up: no atomics, and an order that depends on the shape alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.checks import check_last_stride, check_same
+from kernels.library import device_of
+
+# How many programs share the rows where columns are summed: one for each SM of most large chips, and few enough that
+# writing and reading their partial sums stays below a tenth of the bytes at GPT-2's sizes.
+PARTIAL_ROWS = 128
+
+
+@triton.jit
+def _offsets(offs_m, stride, i: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of piece i of rows offs_m, [len(offs_m), BLOCK_N]."""
+    offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    return offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :]
+
+
+@triton.jit
+def _inside(offs_m, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where piece i of rows offs_m lies inside [M, N]; broadcasts to [len(offs_m), BLOCK_N]."""
+    inside = (offs_m < M)[:, None]
+    if (i + 1) * BLOCK_N > N:
+        inside = inside & (i * BLOCK_N + tl.arange(0, BLOCK_N) < N)[None, :]
+    return inside
+
+
+@triton.jit
+def _load_piece(ptr, offs_m, stride, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Piece i of rows offs_m as stored, [len(offs_m), BLOCK_N]; zero outside [M, N]."""
+    return tl.load(ptr + _offsets(offs_m, stride, i, BLOCK_N), mask=_inside(offs_m, M, i, N, BLOCK_N), other=0.0)
+
+
+@triton.jit
+def _store_piece(ptr, piece, offs_m, stride, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Stores [len(offs_m), BLOCK_N] as piece i of rows offs_m, rounded to the tensor's dtype."""
+    value = piece.to(ptr.dtype.element_ty)
+    tl.store(ptr + _offsets(offs_m, stride, i, BLOCK_N), value, mask=_inside(offs_m, M, i, N, BLOCK_N))
+
+
+@triton.jit
+def _load_vector_piece(ptr, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Piece i of a vector [N] as stored, [1, BLOCK_N]; zero beyond N."""
+    offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.load(ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+
+
+@triton.jit
+def _store_partial(partial_ptr, sums, k, p, P, offs_n, N):
+    """Stores sums [len(offs_n)] of program p as partial[k, p, offs_n] of a [K, P, N] tensor."""
+    tl.store(partial_ptr + (tl.cast(k, tl.int64) * P + p) * N + offs_n, sums, mask=offs_n < N)
+
+
+@triton.jit
+def _column_sums_kernel(partial_ptr, sums_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """partial [K, P, N] fp32 to sums [K, N]: one program adds the P rows of BLOCK_N columns of one k."""
+    k = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for p in tl.range(0, P, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P)
+        mask = (offs_p < P)[:, None] & (offs_n < N)[None, :]
+        acc += tl.load(partial_ptr + (k * P + offs_p)[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+    sums = tl.sum(acc, 0).to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + k * N + offs_n, sums, mask=offs_n < N)
+
+
+def column_sums(partial, dtype):
+    """The sums over axis 1 of partial [K, P, N] fp32, rounded once to dtype: [K, N]."""
+    K, P, N = partial.shape
+    sums = torch.empty(K, N, dtype=dtype, device=partial.device)
+    with device_of(partial):
+        _column_sums_kernel[(triton.cdiv(N, 32), K)](partial, sums, P, N, BLOCK_P=32, BLOCK_N=32, num_warps=4)
+    return sums
+
+
+def as_rows(function, tensor, name):
+    """tensor [..., N] as a view [M, N]; ValueError if that would take a copy, or if the last stride is not 1."""
+    N = tensor.shape[-1] if tensor.dim() else 0
+    if N == 0:
+        raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}; it must be [..., N] with N at least 1")
+    check_last_stride(function, tensor, name)
+    try:
+        return tensor.view(tensor.shape[:-1].numel(), N)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{function}: {name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}; "
+            "its rows must be evenly spaced (the kernel copies nothing)"
+        ) from error
+
+
+def check_vector(function, x, x_name, vector, name):
+    """`vector` must be a contiguous [N] for x [..., N], of x's dtype and device."""
+    check_same(function, x, x_name, vector, name)
+    if vector.shape != x.shape[-1:] or not vector.is_contiguous():
+        raise ValueError(
+            f"{function}: {name} has shape {tuple(vector.shape)} and strides {vector.stride()}; "
+            f"it must be contiguous and ({x.shape[-1]},)"
+        )
+
+
+def unit_stride(gradient):
+    """Autograd may hand over any strides (an expanded scalar after .sum()); the kernels read rows of unit stride."""
+    return gradient if gradient.stride(-1) == 1 or gradient.shape[-1] == 1 else gradient.contiguous()

@@ -1,0 +1,284 @@
+"""layer_norm and add_layer_norm: right in every lane within the tolerance rule, whatever the width and the strides."""
+
+import importlib
+
+import compiling
+import pytest
+import torch
+from lanes import across_lanes
+from rowwise import assert_bit_identical, check_against_oracle, poisoned, with_gradients
+from torch.library import opcheck
+
+from kernels import add_layer_norm, configs, layer_norm, reference
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = (F32, F16, BF16)
+WIDTHS = [1, 65, 768, 1023, 1024, 1280, 1600]
+WIDE = 8200  # rows beside which no sums fit
+
+a_property = across_lanes(F16, lanes=("interpret", "sm_90", "gpu"))
+_poisoned = pytest.fixture(autouse=True)(poisoned)
+
+
+def inputs(M, N, dtype, device, seed=0):
+    """x, residual [M, N], weight, bias [N], and gradients dy, dsum."""
+    torch.manual_seed(seed)
+    x, residual, dy, dsum = (torch.randn(M, N).to(device, dtype) for _ in range(4))
+    weight, bias = (torch.randn(N).to(device, dtype) for _ in range(2))
+    return x, residual, weight, bias, dy, dsum
+
+
+def check(x, residual, weight, bias, dy, dsum):
+    check_against_oracle(layer_norm, reference.layer_norm, (x, weight, bias), (dy,))
+    check_against_oracle(add_layer_norm, reference.add_layer_norm, (x, residual, weight, bias), (dy, dsum))
+
+
+@across_lanes(*DTYPES, lanes=("interpret", "gpu"))
+@pytest.mark.parametrize("N", WIDTHS)
+def test_results_and_gradients_match_the_oracle(lane, dtype, N):
+    check(*inputs(17, N, dtype, lane.device))
+
+
+@across_lanes(F32, lanes=("interpret", "gpu"))
+def test_rows_too_wide_for_their_sums_match_the_oracle(lane, dtype):
+    x, _, weight, bias, dy, _ = inputs(2, WIDE, dtype, lane.device)
+    check_against_oracle(layer_norm, reference.layer_norm, (x, weight, bias), (dy,))
+
+
+@across_lanes(*DTYPES, lanes=("sm_80", "sm_90"))
+def test_compiled_results_and_gradients_match_the_oracle(lane, dtype):
+    N = {F32: 1600, F16: 768, BF16: 1600}[dtype]
+    x, residual, weight, bias, dy, dsum = inputs(37, N, dtype, lane.device)
+    check_against_oracle(add_layer_norm, reference.add_layer_norm, (x, residual, weight, bias), (dy, dsum))
+
+
+@across_lanes(BF16, lanes=("sm_90",))
+@pytest.mark.parametrize("N", [65, WIDE])
+def test_compiled_odd_and_wide_rows_match_the_oracle(lane, dtype, N):
+    x, _, weight, bias, dy, _ = inputs(5, N, dtype, lane.device)
+    check_against_oracle(layer_norm, reference.layer_norm, (x, weight, bias), (dy,))
+
+
+@across_lanes(F32, F16, lanes=("interpret", "gpu"))
+def test_more_rows_than_programs_hold_at_once(lane, dtype, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("kernels.layer_norm"), "PARTIAL_ROWS", 2)
+    check(*inputs(70, 33, dtype, lane.device))
+
+
+# Numerics
+
+
+@across_lanes(F32, BF16, lanes=("interpret", "gpu"))
+def test_a_large_mean_and_a_small_spread(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(8, 768, dtype, lane.device)
+    x = (1e4 + 1e-2 * torch.randn(8, 768)).to(lane.device, dtype)
+    check(x, torch.zeros_like(residual), weight, bias, dy, dsum)
+
+
+@a_property
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 6e4])
+def test_a_constant_row_gives_the_bias(lane, dtype, value):
+    x, _, weight, bias, _, _ = inputs(4, 768, dtype, lane.device)
+    y = layer_norm(torch.full_like(x, value), weight, bias)
+    assert torch.equal(y, bias.expand_as(y))
+
+
+@a_property
+def test_values_near_the_end_of_fp16(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(8, 768, dtype, lane.device)
+    x = torch.where(x > 0, 6e4, -6e4).to(dtype)
+    check(x, residual, weight, bias, dy, dsum)
+
+
+# Dropout
+
+
+def kept(seed, M, N):
+    """dropout's choice as the kernel's own generator makes it, from add_layer_norm of ones to zeros."""
+    ones, zeros = torch.ones(M, N), torch.zeros(M, N)
+    _, sum = add_layer_norm(ones, zeros, torch.ones(N), torch.zeros(N), dropout_p=0.25, dropout_seed=seed)
+    return sum != 0
+
+
+@across_lanes(F32, lanes=("interpret", "sm_90"))
+def test_dropout_drops_its_share_and_backward_replays_it(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(40, 300, dtype, lane.device)
+    seed = torch.tensor([7])
+    keep = kept(seed, 40, 300)
+    assert abs(keep.float().mean() - 0.75) < 0.02
+    assert not torch.equal(keep, kept(torch.tensor([8]), 40, 300))
+    check_against_oracle(
+        lambda *tensors: add_layer_norm(*tensors, dropout_p=0.25, dropout_seed=seed),
+        lambda *tensors: reference.add_layer_norm(*tensors, dropout_p=0.25, keep=keep),
+        (x, residual, weight, bias),
+        (dy, dsum),
+    )
+
+
+# Properties
+
+
+@a_property
+def test_rows_of_any_stride_are_read_in_place(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(6, 3 * 96, dtype, lane.device)
+    views = [tensor[:, 96:192] for tensor in (x, residual)]
+    parameters = weight[:96], bias[:96]
+    strided = with_gradients(add_layer_norm, (*views, *parameters), (dy[:, :96], dsum[:, 96:192]))
+    dense = [tensor.contiguous() for tensor in (*views, dy[:, :96], dsum[:, 96:192])]
+    assert_bit_identical(strided, with_gradients(add_layer_norm, (*dense[:2], *parameters), dense[2:]))
+    batched = layer_norm(views[0].unflatten(0, (2, 3)), *parameters)
+    assert torch.equal(batched.flatten(0, 1), layer_norm(dense[0], *parameters))
+
+
+@a_property
+def test_no_rows(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(0, 96, dtype, lane.device)
+    (y, sum), gradients = with_gradients(add_layer_norm, (x, residual, weight, bias), (dy, dsum))
+    assert y.shape == sum.shape == (0, 96)
+    for gradient in gradients[2:]:
+        assert torch.equal(gradient, torch.zeros_like(weight))
+
+
+@a_property
+def test_a_row_does_not_depend_on_the_others(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(21, 300, dtype, lane.device)
+    together = with_gradients(add_layer_norm, (x, residual, weight, bias), (dy, dsum))
+    one = slice(13, 14)
+    alone = with_gradients(add_layer_norm, (x[one], residual[one], weight, bias), (dy[one], dsum[one]))
+    for outputs in (0, 1):
+        for whole, row in zip(together[outputs][:2], alone[outputs][:2]):
+            assert torch.equal(whole[one], row)
+
+
+@a_property
+def test_two_runs_are_bit_identical(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(65, 300, dtype, lane.device)
+    runs = [with_gradients(add_layer_norm, (x, residual, weight, bias), (dy, dsum)) for _ in range(2)]
+    assert_bit_identical(*runs)
+
+
+@a_property
+def test_adding_first_changes_nothing(lane, dtype):
+    x, residual, weight, bias, _, _ = inputs(9, 300, dtype, lane.device)
+    y, sum = add_layer_norm(x, residual, weight, bias)
+    assert torch.equal(sum, x + residual)
+    assert torch.equal(y, layer_norm(sum, weight, bias))
+
+
+@a_property
+@pytest.mark.parametrize("used", [0, 1], ids=["only y", "only sum"])
+def test_one_result_may_go_unused(lane, dtype, used):
+    x, residual, weight, bias, dy, dsum = inputs(5, 96, dtype, lane.device)
+
+    def one(function):
+        return lambda *tensors: function(*tensors)[used]
+
+    gradient = (dy, dsum)[used]
+    tensors = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    ours = torch.autograd.grad(one(add_layer_norm)(*tensors), tensors, gradient)
+    expected = torch.autograd.grad(
+        add_layer_norm(*tensors), tensors, [gradient if i == used else torch.zeros_like(x) for i in range(2)]
+    )
+    for first, second in zip(ours, expected):
+        assert torch.equal(first, second)
+
+
+# The ops
+
+
+@a_property
+def test_ops_pass_opcheck(lane, dtype):
+    x, residual, weight, bias, dy, dsum = inputs(5, 96, dtype, lane.device)
+    ops = torch.ops.gpt2
+    _, mean, rstd = ops.layer_norm_forward(x, weight, bias, 1e-5)
+    opcheck(ops.layer_norm_forward.default, (x, weight, bias, 1e-5))
+    opcheck(ops.layer_norm_backward.default, (dy, x, weight, mean, rstd))
+    opcheck(ops.add_layer_norm_forward.default, (x, residual, weight, bias, None, 1e-5, 0.0))
+    opcheck(ops.add_layer_norm_backward.default, (dy, dsum, x, weight, mean, rstd, None, 0.0))
+
+
+@a_property
+def test_torch_compile_traces_it_without_a_graph_break(lane, dtype):
+    torch._dynamo.reset()
+
+    def block(x, residual, weight, bias):
+        y, sum = add_layer_norm(x * 2, residual, weight, bias)
+        return (layer_norm(y, weight, bias) + sum).square().sum()
+
+    tensors = [x.requires_grad_() for x in inputs(5, 96, dtype, lane.device)[:4]]
+    eager = torch.autograd.grad(block(*tensors), tensors)
+    traced = torch.autograd.grad(torch.compile(block, fullgraph=True, backend="aot_eager")(*tensors), tensors)
+    for one, other in zip(eager, traced):
+        assert torch.equal(one, other)
+
+
+@a_property
+def test_a_second_derivative_is_refused(lane, dtype):
+    x, _, weight, bias, _, _ = (t.requires_grad_() for t in inputs(3, 96, dtype, lane.device))
+    with pytest.raises(RuntimeError, match="layer_norm: no second derivative"):
+        torch.autograd.grad(layer_norm(x, weight, bias).sum(), x, create_graph=True)
+
+
+# Errors
+
+
+def arguments(**changes):
+    shapes = {"x": (4, 96), "residual": (4, 96), "weight": (96,), "bias": (96,)} | changes
+    return [torch.zeros(shape) for shape in shapes.values()]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "error", "message"),
+    [
+        (
+            arguments(residual=(5, 96)),
+            {},
+            ValueError,
+            r"residual has shape \(5, 96\), x has \(4, 96\); they must match",
+        ),
+        (arguments(weight=(95,)), {}, ValueError, r"weight has shape \(95,\) .* contiguous and \(96,\)"),
+        (arguments(x=(4, 0)), {}, ValueError, "with N at least 1"),
+        ([x.double() for x in arguments()], {}, TypeError, "x is float64; it must be float16, bfloat16, float32"),
+        ([*arguments()[:2], torch.zeros(96).half(), torch.zeros(96)], {}, ValueError, "weight has dtype torch.float16"),
+        ([torch.zeros(96, 4).T, *arguments()[1:]], {}, ValueError, "the last must be 1"),
+        ([torch.zeros(2, 3, 96)[:, :2], *arguments()[1:]], {}, ValueError, "its rows must be evenly spaced"),
+        ([torch.zeros(1, 16385)] * 2 + [torch.zeros(16385)] * 2, {}, ValueError, "16385; it must be at most 16384"),
+        (arguments(), {"dropout_p": 1.0}, ValueError, r"dropout_p is 1.0; it must be in \[0, 1\)"),
+        (arguments(), {"dropout_p": 0.1, "dropout_seed": torch.zeros(1)}, ValueError, r"must be torch.int64 \(1,\)"),
+    ],
+)
+def test_a_wrong_argument_says_what_came_and_what_is_required(tensors, options, error, message):
+    with pytest.raises(error, match=f"add_layer_norm: .*{message}"):
+        add_layer_norm(*tensors, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton has a driver")
+def test_a_cpu_tensor_without_a_gpu_is_refused():
+    x, _, weight, bias = arguments()
+    with pytest.raises(ValueError, match="layer_norm: x is on cpu, and Triton finds no GPU here"):
+        layer_norm(x, weight, bias)
+
+
+# The compile lane
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "N"), [(BF16, 1600), (F32, 16384)], ids=["bfloat16-1600", "float32-16384"])
+def test_every_kernel_compiles_fits_and_does_not_spill(arch, dtype, N):
+    """The widths that take the most registers, with and without sums beside the rows; dropout adds a few."""
+    tensors = [x.requires_grad_() for x in inputs(1, N, dtype, "cpu")[:4]]
+    with compiling.compile_only(arch) as kernels:
+        y, sum = add_layer_norm(*tensors, dropout_p=0.1)
+        torch.autograd.backward((y, sum), (y.detach(), sum.detach()))
+    assert {"_layer_norm_forward_kernel", "_layer_norm_backward_kernel"} <= {kernel.name for kernel in kernels}
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.shared <= compiling.SHARED_MEMORY[arch], kernel
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("N", [768, 1024, 1280, 1600, 1023, 3072, 5000, 6400, 16384])
+def test_no_width_leaves_half_of_the_lanes_idle(direction, N):
+    config = configs.row_config(direction, N)
+    assert N <= config.BLOCK_N * config.PIECES < 1.35 * N
