@@ -120,12 +120,13 @@ def get_attention(name="auto", *, device=None, dtype=None, head_dim=None):
     on_gpu = torch.device(device or "cpu").type == "cuda"
     if on_gpu and "triton" in _BACKENDS:
         triton = _BACKENDS["triton"]
-        if triton.refusal(device=device, dtype=dtype, head_dim=head_dim) is None and _triton_runs_on(device):
+        if triton.refusal(device=device, dtype=dtype, head_dim=head_dim) is None and triton_runs_on(device):
             return triton
     return _BACKENDS["sdpa"]
 
 
-def _triton_runs_on(device):
+def triton_runs_on(device):
+    """Whether the kernels of this project support the GPU `device`."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

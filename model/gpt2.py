@@ -13,7 +13,15 @@ from model.cache import KVCache
 from model.generation import GenerationMixin
 from model.inputs import check_shape, lookup, new_tokens, padding_bounds
 from model.linear import Conv1D, Head
-from model.ops import activation, causal_lm_loss, layer_norm
+from model.ops import (
+    activation,
+    add_layer_norm,
+    causal_lm_head_loss,
+    causal_lm_loss,
+    check_kernels_name,
+    layer_norm,
+    linear_activation,
+)
 from model.outputs import BaseModelOutput, CausalLMOutput
 from model.weights import PretrainedModel
 
@@ -32,7 +40,6 @@ class Attention(nn.Module):
         self.attn_pdrop = config.attn_pdrop
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, backend, padding, cache, output_attentions):
         options = {
@@ -52,7 +59,7 @@ class Attention(nn.Module):
             else:
                 o, weights = cache.attend(self.layer_idx, q, k, v, **options, **padding)
             y = o.transpose(1, 2).flatten(2)  # [B, T, C], a view
-        return self.resid_dropout(self.c_proj(y)), weights
+        return self.c_proj(y), weights
 
 
 class MLP(nn.Module):
@@ -60,15 +67,19 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Conv1D(config.n_embd, config.inner_dim)
         self.c_proj = Conv1D(config.inner_dim, config.n_embd)
-        self.act = activation(config.activation_function)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.activation_function = config.activation_function
+        activation(self.activation_function)  # an unknown one is refused now
 
-    def forward(self, x):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+    def forward(self, x, kernels):
+        return self.c_proj(linear_activation(x, self.c_fc, self.activation_function, kernels))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Each addition is made together with the norm that follows it, so a block takes its input's norm with its input, and
+    gives its output's norm, by the next block's ln_1 or the model's ln_f, with its output.
+    """
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -76,22 +87,27 @@ class Block(nn.Module):
         self.attn = Attention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        self.resid_pdrop = config.resid_pdrop
 
-    def forward(self, x, backend, padding, cache, output_attentions):
-        attended, weights = self.attn(layer_norm(x, self.ln_1), backend, padding, cache, output_attentions)
-        x = x + attended
-        return x + self.mlp(layer_norm(x, self.ln_2)), weights
+    def forward(self, x, y, next_norm, kernels, backend, padding, cache, output_attentions):
+        dropout_p = self.resid_pdrop if self.training else 0.0
+        attended, weights = self.attn(y, backend, padding, cache, output_attentions)
+        x, y = add_layer_norm(attended, x, self.ln_2, kernels, dropout_p)
+        x, y = add_layer_norm(self.mlp(y, kernels), x, next_norm, kernels, dropout_p)
+        return x, y, weights
 
 
 class GPT2Model(PretrainedModel):
     """The transformer without a head.
 
     attn_implementation: "auto" or the name of a backend in model/attention.py.
+    kernel_implementation: "auto", "triton" or "torch", for LayerNorm, GELU and the loss: model/ops.py.
     """
 
-    def __init__(self, config, *, attn_implementation="auto"):
+    def __init__(self, config, *, attn_implementation="auto", kernel_implementation="auto"):
         super().__init__(config)
         self.set_attn_implementation(attn_implementation)
+        self.kernel_implementation = check_kernels_name(kernel_implementation)
         self.gradient_checkpointing = False
         # nn.Embedding's own random initialisation would be overwritten: from_pretrained has none.
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
@@ -149,18 +165,22 @@ class GPT2Model(PretrainedModel):
         hidden_states, attentions = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             x = self._embed(input_ids, position_ids, token_type_ids, inputs_embeds, cache)  # [B, T, C]
-            for block in self.h:
+            kernels = self.kernel_implementation
+            norms = [*(block.ln_1 for block in self.h), self.ln_f]
+            y = layer_norm(x, norms[0], kernels)
+            for block, next_norm in zip(self.h, norms[1:]):
                 hidden_states.append(x)
-                arguments = (x, self.attn_implementation, padding, cache, output_attentions)
-                x, weights = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
+                arguments = (x, y, next_norm, kernels, self.attn_implementation, padding, cache, output_attentions)
+                x, y, weights = (
+                    checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
+                )
                 attentions.append(weights)
-            x = layer_norm(x, self.ln_f)
-            hidden_states.append(x)
+            hidden_states.append(y)
         if cache is not None:
             cache.advance(padding["counts"])
 
         output = BaseModelOutput(
-            last_hidden_state=x,
+            last_hidden_state=y,
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
@@ -205,9 +225,11 @@ class GPT2Model(PretrainedModel):
 class GPT2(GenerationMixin, PretrainedModel):
     """GPT-2 with its language-modelling head, which shares wte's weight if config.tie_word_embeddings."""
 
-    def __init__(self, config, *, attn_implementation="auto"):
+    def __init__(self, config, *, attn_implementation="auto", kernel_implementation="auto"):
         super().__init__(config)
-        self.transformer = GPT2Model(config, attn_implementation=attn_implementation)
+        self.transformer = GPT2Model(
+            config, attn_implementation=attn_implementation, kernel_implementation=kernel_implementation
+        )
         self.lm_head = Head(self.transformer.wte.weight)
         if not config.tie_word_embeddings:
             self.lm_head.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
@@ -235,11 +257,13 @@ class GPT2(GenerationMixin, PretrainedModel):
         output_attentions=None,
         return_dict=None,
         logits_to_keep=0,
+        return_logits=True,
     ):
         """As GPT2Model, to a CausalLMOutput with logits [B, T, V] and, if labels [B, T] are given, the loss.
 
         labels are shifted here, so labels=input_ids trains the model to predict the next token; -100 is ignored.
         logits_to_keep: how many of the last positions to compute logits for (0: all), or a tensor of positions.
+        return_logits: False leaves logits None and takes the loss without ever holding all of them.
         """
         hidden = self.transformer(
             input_ids,
@@ -261,10 +285,18 @@ class GPT2(GenerationMixin, PretrainedModel):
                 raise ValueError("GPT2: labels need the logits of every position; leave logits_to_keep at 0")
             keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
             x = x[:, keep]
+        logits = loss = None
+        kernels = self.transformer.kernel_implementation
         with torch.set_grad_enabled(torch.is_grad_enabled() and hidden.past_key_values is None):
-            logits = self.lm_head(x)  # [B, T, V]
+            if return_logits:
+                logits = self.lm_head(x)  # [B, T, V]
+        if labels is not None:
+            if return_logits:
+                loss = causal_lm_loss(logits, labels, kernels)
+            else:
+                loss = causal_lm_head_loss(x, self.lm_head.weight, labels, kernels)
         output = CausalLMOutput(
-            loss=None if labels is None else causal_lm_loss(logits, labels),
+            loss=loss,
             logits=logits,
             past_key_values=hidden.past_key_values,
             hidden_states=hidden.hidden_states,

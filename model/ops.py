@@ -1,10 +1,21 @@
 """The operations of a block other than attention and matrix products, one function each.
 
-They are functions, not modules, so that a fused kernel can take the place of one without touching a checkpoint.
+They are functions, not modules, so that a fused kernel can take the place of one without touching a checkpoint. Each
+takes `kernels`, the model's kernel_implementation: "triton", the kernels of this project; "torch", PyTorch's; "auto",
+triton on a GPU that it supports, outside autocast (which mixes dtypes), else torch.
 """
 
 import torch
 import torch.nn.functional as F
+
+from kernels import add_layer_norm as fused_add_layer_norm
+from kernels import bias_gelu, cross_entropy, linear_cross_entropy
+from kernels import layer_norm as fused_layer_norm
+from kernels.checks import FLOATS
+from model.attention import triton_runs_on
+
+KERNEL_IMPLEMENTATIONS = ("auto", "triton", "torch")
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -24,12 +35,59 @@ def activation(name):
     return ACTIVATIONS[name]
 
 
-def layer_norm(x, norm):
+def check_kernels_name(name):
+    """Raises ValueError unless `name` is one of KERNEL_IMPLEMENTATIONS; returns it."""
+    if name not in KERNEL_IMPLEMENTATIONS:
+        raise ValueError(
+            f"kernel_implementation={name!r} is unknown; choose one of: {', '.join(KERNEL_IMPLEMENTATIONS)}"
+        )
+    return name
+
+
+def _use_triton(kernels, x):
+    if kernels != "auto":
+        return kernels == "triton"
+    return x.is_cuda and x.dtype in FLOATS and not torch.is_autocast_enabled("cuda") and triton_runs_on(x.device)
+
+
+def layer_norm(x, norm, kernels):
     """LayerNorm over the last dimension, with the weight, bias and eps of the module `norm`."""
+    if _use_triton(kernels, x):
+        return fused_layer_norm(x, norm.weight, norm.bias, norm.eps)
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def causal_lm_loss(logits, labels):
+def add_layer_norm(update, x, norm, kernels, dropout_p):
+    """(sum, y): sum = x + dropout(update), and y its LayerNorm by the module `norm`."""
+    if _use_triton(kernels, x):
+        y, x = fused_add_layer_norm(update, x, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p)
+    else:
+        x = x + F.dropout(update, dropout_p)
+        y = layer_norm(x, norm, kernels)
+    return x, y
+
+
+def linear_activation(x, linear, name, kernels):
+    """activation(linear(x)); with triton the tanh GELU takes the bias with it, and other activations are PyTorch's."""
+    if name in _TANH_GELU and _use_triton(kernels, x):
+        rows = torch.mm(x.flatten(0, -2), linear.weight)
+        return bias_gelu(rows, linear.bias).view(*x.shape[:-1], -1)
+    return activation(name)(linear(x))
+
+
+def _next_tokens(labels):
+    """Targets [B * T] for labels [B, T]: shifting the labels leaves the logits where they are."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+
+
+def causal_lm_loss(logits, labels, kernels):
     """Mean cross-entropy, in fp32, of logits [B, T, V] at t against labels [B, T] at t + 1; -100 is ignored."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # shifting the labels leaves the logits where they are
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+    if _use_triton(kernels, logits):
+        return cross_entropy(logits.flatten(0, 1), _next_tokens(labels), ignore_index=-100)
+    return F.cross_entropy(logits.float().flatten(0, 1), _next_tokens(labels), ignore_index=-100)
+
+
+def causal_lm_head_loss(x, weight, labels, kernels):
+    """causal_lm_loss of the logits x weight^T for x [B, T, C], without ever holding all logits."""
+    implementation = "triton" if _use_triton(kernels, x) else "torch"
+    return linear_cross_entropy(x.flatten(0, 1), weight, _next_tokens(labels), implementation=implementation)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from model.config import GPT2Config
+from model.ops import check_kernels_name
 
 _SINGLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
 _FORMATS = (_SINGLE, _SHARDED, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -122,6 +123,13 @@ class PretrainedModel(nn.Module):
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = enabled
 
+    def set_kernel_implementation(self, name):
+        """Chooses what computes LayerNorm, GELU and the loss: "auto", "triton" or "torch" (model/ops.py)."""
+        check_kernels_name(name)
+        for module in self.modules():
+            if hasattr(module, "kernel_implementation"):
+                module.kernel_implementation = name
+
     @classmethod
     def from_pretrained(
         cls,
@@ -129,6 +137,7 @@ class PretrainedModel(nn.Module):
         *,
         config=None,
         attn_implementation="auto",
+        kernel_implementation="auto",
         dtype="auto",
         torch_dtype=None,
         strict=True,
@@ -153,6 +162,7 @@ class PretrainedModel(nn.Module):
             setattr(config, key, value)
         with torch.device("meta"):
             model = cls(config, attn_implementation=attn_implementation)
+        model.set_kernel_implementation(kernel_implementation)
         dtype = torch_dtype if torch_dtype is not None else dtype
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else replace(config, dtype=dtype).dtype

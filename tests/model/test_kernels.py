@@ -1,0 +1,210 @@
+"""kernel_implementation: the same model by our kernels and by PyTorch's, and what a step then launches."""
+
+import pytest
+import torch
+from lanes import across_lanes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT2, GPT2Config
+
+SIZES = {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 101}
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+def model_and_tokens(device="cpu", **options):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(**SIZES, **(NO_DROPOUT | options)), attn_implementation="triton").to(device)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model, torch.randint(SIZES["vocab_size"], (2, 9), device=device)
+
+
+def step(model, tokens, name, **options):
+    """Logits (or None), loss and all gradients of a training step."""
+    model.set_kernel_implementation(name)
+    model.zero_grad()
+    output = model(tokens, labels=tokens, **options)
+    output.loss.backward()
+    return output.logits, output.loss, {key: p.grad.clone() for key, p in model.named_parameters()}
+
+
+@across_lanes(lanes=("interpret", "sm_90", "gpu"))
+def test_triton_and_torch_give_the_same_step(lane):
+    model, tokens = model_and_tokens(lane.device)
+    ours, theirs = (step(model, tokens, name) for name in ("triton", "torch"))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    _, loss, gradients = step(model, tokens, "triton", return_logits=False)
+    torch.testing.assert_close((loss, gradients), ours[1:], atol=2e-5, rtol=1e-4)
+
+
+def test_the_loss_without_logits_is_the_loss_in_plain_pytorch_too():
+    model, tokens = model_and_tokens()
+    model.transformer.set_attn_implementation("eager")
+    logits, *expected = step(model, tokens, "torch")
+    none, *actual = step(model, tokens, "torch", return_logits=False)
+    assert none is None
+    assert logits.shape == (2, 9, 101)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@across_lanes(lanes=("interpret", "gpu"))
+def test_hidden_states_do_not_depend_on_who_adds_them_up(lane):
+    model, tokens = model_and_tokens(lane.device)
+    states = []
+    for name in ("triton", "torch"):
+        model.set_kernel_implementation(name)
+        states.append(model(tokens, output_hidden_states=True).hidden_states)
+    assert len(states[0]) == SIZES["n_layer"] + 1
+    torch.testing.assert_close(*states, atol=2e-5, rtol=1e-4)
+
+
+@across_lanes(lanes=("interpret", "gpu"))
+def test_residual_dropout_is_inside_the_fused_addition(lane):
+    model, tokens = model_and_tokens(lane.device, resid_pdrop=0.5)
+    model.set_kernel_implementation("triton")
+    trained = [model.train()(tokens).logits for _ in range(2)]
+    assert not torch.equal(*trained)
+    evaluated = [model.eval()(tokens).logits for _ in range(2)]
+    assert torch.equal(*evaluated)
+
+
+def test_auto_is_torch_on_a_cpu():
+    model, tokens = model_and_tokens()
+    model.transformer.set_attn_implementation("auto")
+    assert torch.equal(step(model, tokens, "auto")[1], step(model, tokens, "torch")[1])
+
+
+def test_an_unknown_implementation_is_refused():
+    message = "kernel_implementation='cuda' is unknown; choose one of: auto, triton, torch"
+    with pytest.raises(ValueError, match=message):
+        GPT2(GPT2Config(**SIZES), kernel_implementation="cuda")
+    model, _ = model_and_tokens()
+    with pytest.raises(ValueError, match=message):
+        model.set_kernel_implementation("cuda")
+
+
+def test_from_pretrained_takes_it(tmp_path):
+    model, _ = model_and_tokens()
+    model.save_pretrained(tmp_path)
+    loaded = GPT2.from_pretrained(tmp_path, kernel_implementation="torch")
+    assert loaded.transformer.kernel_implementation == "torch"
+
+
+# What a step launches
+
+
+class Launches(TorchDispatchMode):
+    """Names, in order, our kernels and every operation of PyTorch that is no view and does not just allocate."""
+
+    SILENT = ("empty", "new_empty", "detach", "alias", "unbind", "_unsafe_view", "_reshape_alias", "lift_fresh")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        from triton.runtime.interpreter import GridExecutor
+
+        self.names = []
+        run = GridExecutor.__call__
+
+        def recorded(executor, *args, **kwargs):
+            self.names.append(executor.fn.__name__)
+            return run(executor, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", recorded)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if function.namespace in ("aten", "mkldnn") and not aliases and not name.startswith(self.SILENT):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+FORWARD_BLOCK = [
+    "addmm",  # c_attn
+    "_attention_forward_kernel",
+    "addmm",  # c_proj
+    "_layer_norm_forward_kernel",  # after the residual addition, in one
+    "mm",  # c_fc
+    "_gelu_forward_kernel",  # after c_fc's bias, in one
+    "addmm",  # c_proj
+    "_layer_norm_forward_kernel",  # after the residual addition, in one: the next block's norm
+]
+MATRICES = ["mm", "mm"]  # gradients of a linear layer's input and weight
+NORM_BACKWARD = ["_layer_norm_backward_kernel", "_column_sums_kernel"]  # with the residual stream's gradient added
+BACKWARD_BLOCK = [
+    *NORM_BACKWARD,
+    *MATRICES,
+    "sum",  # of c_proj's bias
+    "_gelu_backward_kernel",
+    "_column_sums_kernel",
+    *MATRICES,
+    *NORM_BACKWARD,
+    *MATRICES,
+    "sum",
+    "_attention_dq_kernel",
+    "_attention_dkdv_kernel",
+    *MATRICES,
+    "sum",
+]
+
+
+@pytest.mark.interpret
+def test_a_training_step_launches_nothing_but_what_is_named_here(monkeypatch):
+    model, tokens = model_and_tokens()
+    model.set_kernel_implementation("triton")
+    launches = Launches(monkeypatch)
+    with launches:
+        loss = model(tokens, labels=tokens).loss
+    assert launches.names == [
+        *("embedding", "add"),
+        "_layer_norm_forward_kernel",
+        *FORWARD_BLOCK * SIZES["n_layer"],
+        "mm",  # the head
+        "constant_pad_nd",  # the labels, shifted
+        *("_cross_entropy_forward_kernel", "_reduce_losses_kernel"),
+    ]
+    launches.names.clear()
+    with launches:
+        loss.backward()
+    assert launches.names == [
+        "ones_like",  # the loss' own gradient
+        "_cross_entropy_backward_kernel",
+        *MATRICES,
+        *BACKWARD_BLOCK * SIZES["n_layer"],
+        *NORM_BACKWARD,
+        "add",  # the residual stream's gradient and that of the first norm's input
+        *("sum", "slice_backward"),  # position embeddings
+        "embedding_dense_backward",
+        "add",  # the head's gradient and the embedding's: one weight
+    ]
+
+
+@pytest.mark.interpret
+def test_a_decode_step_launches_nothing_but_what_is_named_here(monkeypatch):
+    model, tokens = model_and_tokens()
+    model.eval().set_kernel_implementation("triton")
+    launches = Launches(monkeypatch)
+    with torch.no_grad():
+        cache = model(tokens[:1], use_cache=True).past_key_values
+        launches.names.clear()
+        with launches:
+            model(tokens[:1, :1], past_key_values=cache)
+    linear = "_linear_pointwise"  # on a CPU without autograd; addmm on a GPU
+    block = [
+        linear,
+        *("copy_", "copy_"),  # k and v, into the cache
+        *("_attention_decode_kernel", "_attention_merge_kernel"),
+        linear,
+        "_layer_norm_forward_kernel",
+        "mm",
+        "_gelu_forward_kernel",
+        linear,
+        "_layer_norm_forward_kernel",
+    ]
+    assert launches.names == [
+        "copy_",  # the cache was full and moves into a larger one
+        *("embedding", "add"),
+        "_layer_norm_forward_kernel",
+        *block * SIZES["n_layer"],
+        linear,
+    ]
