@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 
 SECTOR = 32  # bytes: the unit in which global memory is moved
-BANKS, BANK_BYTES = 32, 4
 
 _CLASSES = {
     "mma": {"mma", "wgmma"},
@@ -67,7 +66,6 @@ class Counters:
         self.global_read = self.global_written = self.global_atomic = 0
         self.sectors_read = self.sectors_written = self.requests_read = self.requests_written = 0
         self.shared_requests = self.shared_wavefronts = self.bank_conflicts = 0
-        self._patterns = {}
 
     @property
     def instructions(self):
@@ -114,18 +112,10 @@ class Counters:
     def atomic(self, team, inst, offsets, size, threads):
         self.global_atomic += len(offsets) * size
 
-    def shared(self, team, inst, addresses, size, threads):
-        """Banks are counted per warp. Address patterns recur in every block and iteration, so results are kept."""
-        if threads is None:
-            key = (size, addresses.tobytes())
-        else:
-            key = (size, addresses.tobytes(), threads.tobytes())
-        if key not in self._patterns:
-            self._patterns[key] = _bank_passes(team, addresses, size, threads)
-        requests, passes, conflicts = self._patterns[key]
-        self.shared_requests += requests
-        self.shared_wavefronts += passes
-        self.bank_conflicts += conflicts
+    def shared(self, pattern):
+        self.shared_requests += pattern.requests
+        self.shared_wavefronts += pattern.wavefronts
+        self.bank_conflicts += pattern.conflicts
 
 
 def _sectors(team, offsets, size, threads):
@@ -139,21 +129,3 @@ def _sectors(team, offsets, size, threads):
 
 
 _WARPS_OF = np.arange(1 << 16) // 32
-
-
-def _bank_passes(team, addresses, size, threads):
-    """(warp requests, wavefronts, wavefronts beyond the fewest possible).
-
-    A wavefront serves one 4-byte word of each bank. Accesses of 8 and 16 bytes are served in halves and quarters of the
-    warp. Lanes that want the same word share it.
-    """
-    threads = np.arange(team.size) if threads is None else threads
-    lanes_at_once = min(32, BANKS * BANK_BYTES // max(size, BANK_BYTES))
-    part = threads // lanes_at_once
-    words_each = max(size // BANK_BYTES, 1)
-    words = (addresses.astype(np.int64) // BANK_BYTES)[:, None] + np.arange(words_each)
-    key = np.sort(((part << 32)[:, None] | words).reshape(-1))
-    key = key[np.r_[True, key[1:] != key[:-1]]]
-    load = np.bincount((key >> 32) * BANKS + (key & (BANKS - 1))).reshape(-1)
-    load = np.pad(load, (0, -len(load) % BANKS)).reshape(-1, BANKS).max(1)
-    return 1 + np.count_nonzero(np.diff(threads // 32)), int(load.sum()), int(np.maximum(load - 1, 0).sum())

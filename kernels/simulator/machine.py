@@ -12,6 +12,7 @@ from .counters import Counters
 from .errors import BarrierDeadlock, KernelError
 from .instructions import decode
 from .memory import SharedMemory
+from .patterns import Patterns
 from .ptx import TYPES, Vector
 from .races import RaceDetector
 from .team import Team
@@ -26,6 +27,7 @@ class Program:
     def __init__(self, kernel, shared_bytes):
         self.kernel = kernel
         self.shared_bytes = shared_bytes
+        self.patterns = Patterns()
         self.code = [_decode(inst, kernel) for inst in kernel.instructions]
         self.stretch_end = stretch_ends(kernel)
         self._live, self._live_at = live_registers(kernel), {}

@@ -107,8 +107,13 @@ class RaceDetector:
         per_access = max(size // self._granule, 1)
         return stamps.reshape(-1, per_access), offsets // (per_access * self._granule)
 
-    def read_by(self, team, instruction, offsets, size, threads=None):
-        """Threads read: raises SharedMemoryRace where another warp wrote since the last barrier."""
+    def read_by(self, team, instruction, offsets, size, threads=None, distinct=None):
+        """Threads read: raises SharedMemoryRace where another warp wrote since the last barrier.
+
+        distinct: the accesses (indices) that remain when those that a warp makes twice count once; None: all.
+        """
+        if distinct is not None:
+            offsets, threads = offsets[distinct], distinct if threads is None else threads[distinct]
         keys, since = self._keys(team, instruction, threads), self._since(team, threads)
         if self._copies.any() or (self._write_clock[team.block] >= self.barrier_clock[team.block]).any():
             written, rows = self._cells(self.written, offsets, size)

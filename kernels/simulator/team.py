@@ -54,6 +54,10 @@ class Team:
     def counters(self):
         return self.batch.launch.counters
 
+    def pattern(self, addresses, size, threads):
+        """What a request to shared memory looks like: see patterns.py."""
+        return self.program.patterns.find(self, addresses, size, threads)
+
     def special(self, name):
         """%tid.x and its like: one value per thread, uint32."""
         launch = self.batch.launch

@@ -85,7 +85,7 @@ def _issue(inst, kernel):
         count = np.broadcast_to(valid(team), team.size)[threads]
         destinations = chosen(to(team), threads)
         offsets = team.shared.locate(team, destinations, size, threads)
-        team.counters.shared(team, inst, destinations, size, threads)
+        team.counters.shared(team.pattern(destinations, size, threads))
         data = np.zeros((len(threads), size), np.uint8)
         reads = count > 0
         if reads.any():

@@ -63,7 +63,7 @@ def atom(inst, kernel):
         offsets = memory.locate(team, addresses, size * count, threads)
         if space == "shared":
             team.races.written_by(team, inst, offsets, size * count, threads, atomic=True)
-            team.counters.shared(team, inst, addresses, size * count, threads)
+            team.counters.shared(team.pattern(addresses, size * count, threads))
         else:
             team.counters.atomic(team, inst, offsets, size * count, threads)
         values = [

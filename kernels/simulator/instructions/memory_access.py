@@ -62,8 +62,9 @@ def ld(inst, kernel):
         addresses = chosen(where(team), threads)
         offsets = memory.locate(team, addresses, size * count, threads)
         if space == "shared":
-            team.races.read_by(team, inst, offsets, size * count, threads)
-            team.counters.shared(team, inst, addresses, size * count, threads)
+            pattern = team.pattern(addresses, size * count, threads)
+            team.races.read_by(team, inst, offsets, size * count, threads, pattern.distinct)
+            team.counters.shared(pattern)
         else:
             team.counters.read(team, inst, offsets, size * count, threads)
         rows = memory.load(offsets, size, count)
@@ -120,7 +121,7 @@ def st(inst, kernel):
             values[:, k] = value if value.ndim == 0 else chosen(value, threads)
         if space == "shared":
             team.races.written_by(team, inst, offsets, size * count, threads, values.view(np.uint8))
-            team.counters.shared(team, inst, addresses, size * count, threads)
+            team.counters.shared(team.pattern(addresses, size * count, threads))
         else:
             team.counters.wrote(team, inst, offsets, size * count, threads)
         memory.store(offsets, values, size, count)

@@ -98,7 +98,7 @@ def _matrix_access(inst, kernel, address, count):
             team.races.read_by(team, inst, rows, 16, threads)
         else:
             team.races.written_by(team, inst, rows, 16, threads, values)
-        team.counters.shared(team, inst, addresses, 16, threads)
+        team.counters.shared(team.pattern(addresses, 16, threads))
         return rows.reshape(team.warps, count, 8)
 
     return offsets
