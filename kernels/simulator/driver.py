@@ -76,13 +76,15 @@ class _Loaded:
 
     def __init__(self, metadata):
         self.name, self.shared = metadata.name, metadata.shared
+        # Triton 3.6 leaves this fence out everywhere; later versions write it.
+        self.copies_need_fence = not metadata.triton_version.startswith("3.6.")
         self.text, self.cubin = _files[metadata.hash][".ptx"].decode(), _files[metadata.hash][".cubin"]
         self._programs = {}
 
     def program(self, transform):
         text = self.text if transform is None else transform(self.text)
         if text not in self._programs:
-            self._programs[text] = Program(parse(text), self.shared)
+            self._programs[text] = Program(parse(text), self.shared, self.copies_need_fence)
         return self._programs[text]
 
 

@@ -24,8 +24,9 @@ class Program:
     """A kernel made ready to run: each instruction decoded once, the straight-line stretches and live registers
     known."""
 
-    def __init__(self, kernel, shared_bytes):
-        self.kernel = kernel
+    def __init__(self, kernel, shared_bytes, copies_need_fence=True):
+        """copies_need_fence: may wgmma read what cp.async wrote only after fence.proxy.async, as the manual says?"""
+        self.kernel, self.copies_need_fence = kernel, copies_need_fence
         self.shared_bytes = shared_bytes
         self.patterns = Patterns()
         self.code = [_decode(inst, kernel) for inst in kernel.instructions]
@@ -94,7 +95,7 @@ class _Batch:
         self.coordinates = np.stack([block_ids % x, block_ids // x % y, block_ids // (x * y)], 1).astype(np.uint32)
         blocks, warps = len(block_ids), launch.num_warps
         self.shared = SharedMemory(blocks, launch.shared)
-        self.races = RaceDetector(self.program.kernel, blocks, self.shared, self.program.granule)
+        self.races = RaceDetector(self.program, blocks, self.shared)
         self.arrived = np.zeros((blocks, 16), np.int64)
         self.generation = np.zeros((blocks, 16), np.int64)
         self.teams = [Team(self, np.repeat(np.arange(blocks), warps), np.tile(np.arange(warps), blocks))]

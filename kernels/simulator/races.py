@@ -62,12 +62,13 @@ def _winning(values, rows):
 class RaceDetector:
     """Watches one batch of blocks. Offsets are bytes into the batch's shared memory."""
 
-    def __init__(self, kernel, blocks, shared, granule):
-        self._kernel = kernel
+    def __init__(self, program, blocks, shared):
+        self._kernel, self._granule = program.kernel, program.granule
+        self._copies_need_fence = program.copies_need_fence
+        self._is_copy = np.array([inst.opcode == "cp" for inst in self._kernel.instructions])
         self._shared = shared
-        self._granule = granule
         self._stride = shared.stride
-        granules = blocks * shared.stride // granule
+        granules = blocks * shared.stride // self._granule
         self.written = np.full(granules, -1, np.int64)
         self.read = np.full(granules, -1, np.int64)
         self.clock = np.ones(blocks, np.int64)
@@ -247,6 +248,8 @@ class RaceDetector:
         # The readers' own fence came too early; the writers may have fenced after they wrote.
         writer = (last >> _WARP_SHIFT) & ((1 << _WARP_BITS) - 1)
         unseen &= clock >= self.fence_clock[block[:, None], writer]
+        if not self._copies_need_fence:
+            unseen &= ~self._is_copy[last & _INSTRUCTION]
         if unseen.any():
             at, column = (int(i[0]) for i in np.nonzero(unseen))
             place = self._place(int(last[at, column]))

@@ -32,10 +32,10 @@ ret;
 """
 
 
-def launch(body, tensors, *, threads=32, blocks=1, shared=4096, seed=None):
+def launch(body, tensors, *, threads=32, blocks=1, shared=4096, seed=None, copies_need_fence=True):
     """Runs `body` with the tensors' addresses as parameters; returns the Launch. The tensors are updated in place."""
     memory = GlobalMemory({f"t{i}": tensor for i, tensor in enumerate(tensors)})
-    program = Program(parse(module(body, len(tensors), threads)), shared)
+    program = Program(parse(module(body, len(tensors), threads)), shared, copies_need_fence)
     schedule = None if seed is None else np.random.default_rng(seed)
     run = Launch(program, (blocks, 1, 1), [memory.address(t) for t in tensors], memory, schedule).run()
     memory.write_back()

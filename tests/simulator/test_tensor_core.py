@@ -1,5 +1,7 @@
 """Matrix instructions, one warp or warpgroup, against plain matrix products; and what wgmma must not be used for."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -314,6 +316,21 @@ def test_the_reader_may_fence_after_the_barrier_instead():
     images, descriptors, _ = operands("bf16", True, True, 128, 16)
     body = prepare(descriptors) + BARRIER + PROXY + FENCE + wgmma("bf16", 16, ", 0, 0") + COMMIT + WAIT
     launch(body, images, threads=128, shared=32768)
+
+
+def test_copied_operands_need_the_fence_too_unless_the_compiler_never_writes_it():
+    images, descriptors, _ = operands("bf16", True, True, 128, 16)
+    copies = fill_shared(0, 0) + fill_shared(1, 16384)
+    copies = re.sub(r"ld\.global[^;]*, (\[[^]]*\]);\nst\.shared\.v4\.b32 (\[[^]]*\])[^;]*;", copy_of, copies)
+    body = prepare(descriptors).replace(fill_shared(0, 0) + fill_shared(1, 16384), copies) + "cp.async.wait_all;\n"
+    body += BARRIER + FENCE + wgmma("bf16", 16, ", 0, 0") + COMMIT + WAIT
+    with pytest.raises(AsyncHazard, match=r"what `cp.async.* wrote, with no fence.proxy.async"):
+        launch(body, images, threads=128, shared=32768)
+    launch(body, images, threads=128, shared=32768, copies_need_fence=False)
+
+
+def copy_of(load_and_store):
+    return f"cp.async.cg.shared.global {load_and_store[2]}, {load_and_store[1]}, 16;"
 
 
 def test_forms_that_no_kernel_needs_yet_are_refused():
