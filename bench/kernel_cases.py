@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import flash_attention
+from kernels import cross_entropy, flash_attention, gelu, layer_norm
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,39 @@ def _attention(dtype, B, H, T, D):
 case("attention bf16 B1 H2 T1024 D64")(_attention(torch.bfloat16, 1, 2, 1024, 64))
 case("attention bf16 B1 H2 T512 D128")(_attention(torch.bfloat16, 1, 2, 512, 128))
 case("attention fp32 B1 H1 T256 D64")(_attention(torch.float32, 1, 1, 256, 64))
+
+
+@case("layer norm bf16 M512 N768")
+def _layer_norm():
+    M, N = 512, 768
+    x, weight, bias = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((M, N), (N,), (N,)))
+    dy = torch.randn(M, N).bfloat16()
+    rows, vectors, statistics = 2 * M * N, 2 * N, 2 * 4 * M  # mean and rstd are fp32
+    work = {
+        "_layer_norm_forward_kernel": Work(M * N, 2 * rows + 2 * vectors + statistics),  # x weight bias; y mean rstd
+        # x dy weight mean rstd; dx. The partial sums of dweight and dbias are the kernel's own choice.
+        "_layer_norm_backward_kernel": Work(M * N, 3 * rows + vectors + statistics),
+    }
+    return lambda: layer_norm(x, weight, bias).backward(dy), work
+
+
+@case("gelu bf16 M512 N3072")
+def _gelu():
+    x, dy = (torch.randn(512, 3072).bfloat16() for _ in range(2))
+    x.requires_grad_()
+    work = {
+        "_gelu_forward_kernel": Work(x.numel(), 2 * 2 * x.numel()),  # x; y
+        "_gelu_backward_kernel": Work(x.numel(), 3 * 2 * x.numel()),  # x dy; dx
+    }
+    return lambda: gelu(x).backward(dy), work
+
+
+@case("cross-entropy bf16 M32 V50257")
+def _cross_entropy():
+    M, V = 32, 50257
+    logits, target = torch.randn(M, V).bfloat16().requires_grad_(), torch.randint(0, V, (M,))
+    work = {
+        "_cross_entropy_forward_kernel": Work(M, 2 * M * V + 8 * M + 3 * 4 * M),  # logits target; loss, maximum, sum
+        "_cross_entropy_backward_kernel": Work(M * V, 2 * 2 * M * V + 8 * M + 2 * 4 * M),  # logits target m l; dlogits
+    }
+    return lambda: cross_entropy(logits, target).backward(), work
