@@ -282,7 +282,12 @@ def main(argv=None):
     rows = sweep(args)
     text = markdown(rows, args.pair, environment)
     (args.out / "model_sweep.md").write_text(text, encoding="utf-8")
-    harness.finish(args.out / "model_sweep.json", environment, rows, columns=COLUMNS)
+    path = args.out / "model_sweep.json"
+    if "inference" in args.mode:
+        harness.finish(path, environment, rows, columns=COLUMNS)
+    else:  # no diagram
+        harness.save(path, environment, rows)
+        print(f"{harness.table(rows, COLUMNS)}\n\nwrote {path}")
     print(f"wrote {args.out / 'model_sweep.md'}")
 
 

@@ -39,6 +39,11 @@ def test_a_sweep_writes_rows_tables_and_the_diagram(pair, tiny, tmp_path, capsys
     assert "wrote" in capsys.readouterr().out
 
 
+def test_without_inference_there_is_no_diagram(tiny, tmp_path):
+    model_sweep.main(["--device", "cpu", "--quick", "--size", "tiny", "--mode", "decoding", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_sweep.json", "model_sweep.md"]
+
+
 def test_a_provider_that_computes_something_else_gets_no_time(tiny, tmp_path, monkeypatch):
     right = model_sweep.Provider.logits
     monkeypatch.setattr(
