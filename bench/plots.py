@@ -66,6 +66,17 @@ CHARTS = (
         facets=_ATTENTION,
     ),
     Chart(
+        file="pointwise_bandwidth.png",
+        title="LayerNorm, GELU, cross-entropy: share of a copy's bandwidth",
+        y="of_copy",
+        y_label="bandwidth / bandwidth of a copy",
+        x="N",
+        x_label="row width N",
+        series="provider",
+        facets=("op", "mode", "dtype"),
+        powers=False,
+    ),
+    Chart(
         file="tokenizer_throughput.png",
         title="Tokenizers: throughput",
         y="mb_per_s",
@@ -98,6 +109,8 @@ COLOURS = {
     "sdpa-efficient": "#CC79A7",
     "sdpa-math": "#E69F00",
     "torch": "#0072B2",
+    "compiled": "#56B4E9",
+    "liger": "#009E73",
 }
 SPARE_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
 MARKERS = "osD^vPX*"

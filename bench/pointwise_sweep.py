@@ -1,0 +1,327 @@
+"""LayerNorm, GELU and cross-entropy, provider against provider, over GPT-2's widths: a table, a JSON file, a chart.
+
+    python bench/pointwise_sweep.py            # what this machine can do
+    python bench/pointwise_sweep.py --quick
+
+Providers: eager (PyTorch's own functions), compiled (torch.compile of those), liger (liger-kernel, where it is
+installed and has the operation), triton (ours). On a CPU only eager is timed; ours is checked in Triton's interpreter,
+or in bf16 on a simulated A100, at a few rows, and not timed.
+
+`gb_per_s` is the least that an operation must move, by bytes(), over its time; `of_copy` sets it against a large copy
+on the same device in the same run, which a memory-bound operation can reach (and on a CPU pass, where its tensors fit
+the caches). `backward` is the gradients of all inputs, the forward pass done before. Inputs are random normal;
+cross-entropy's N is the vocabulary, and its gradient a new tensor. Before a provider is timed its results are held
+against float64 by the tolerance rule of the tests; `error` is the largest difference. `peak_memory_mb` is what the pass
+allocates above its inputs, for backward with its forward pass.
+"""
+
+import importlib.util
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from bench import harness
+from bench.harness import OK, UsageError
+from kernels import reference
+from kernels.simulator import simulate
+
+MODES = ("forward", "backward")
+PROVIDERS = ("eager", "compiled", "liger", "triton")
+WIDTHS = (768, 1024, 1280, 1600)
+VOCABULARY = 50257
+
+# By device, and whether --quick: rows of the norms and of GELU; rows of logits.
+SIZES = {
+    ("cuda", False): (16384, 8192),
+    ("cuda", True): (4096, 1024),
+    ("cpu", False): (4096, 256),
+    ("cpu", True): (256, 16),
+}
+# Where ours is checked on a machine without a GPU, and with how many rows.
+LANES = {"float32": "interpret", "float16": "interpret", "bfloat16": "simulate sm_80"}
+LANE_ROWS = 16
+
+COLUMNS = ("op", "provider", "mode", "dtype", "M", "N", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "of_copy")
+COLUMNS += ("peak_memory_mb", "error", "lane", "status")
+
+
+def _eager_add_layer_norm(x, residual, weight, bias):
+    sum = x + residual
+    return F.layer_norm(sum, weight.shape, weight, bias), sum
+
+
+# Each operation as PyTorch has it and as the specification of ours, which the gate takes in float64.
+EAGER = {
+    "layer_norm": lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
+    "add_layer_norm": _eager_add_layer_norm,
+    "bias_gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+    "cross_entropy": lambda logits, target: F.cross_entropy(logits.float(), target),
+}
+OPERATIONS = tuple(EAGER)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size, with the names that a row has for it."""
+
+    op: str
+    dtype: str
+    M: int
+    N: int
+
+    def inputs(self, device):
+        """The operation's inputs and its output gradients: two lists."""
+        generator = torch.Generator(device).manual_seed(self.N)
+        options = {"generator": generator, "device": device}
+
+        def normal(*shape):
+            return torch.randn(*shape, **options).to(harness.DTYPES[self.dtype])
+
+        M, N = self.M, self.N
+        if self.op == "cross_entropy":
+            return [normal(M, N), torch.randint(N, (M,), **options)], [torch.ones((), device=device)]
+        tensors = {"layer_norm": 1, "add_layer_norm": 2, "bias_gelu": 1}[self.op]
+        vectors = 1 if self.op == "bias_gelu" else 2
+        gradients = 2 if self.op == "add_layer_norm" else 1
+        inputs = [normal(M, N) for _ in range(tensors)] + [normal(N) for _ in range(vectors)]
+        return inputs, [normal(M, N) for _ in range(gradients)]
+
+
+def bytes(mode, case):
+    """The least that must cross memory: every [M, N] tensor read or written once (vectors are nothing beside them).
+
+    layer_norm: x, y; backward dy, x, dx. add_layer_norm: x, residual, sum, y; backward dy, dsum, sum, and one gradient
+    for x and residual. bias_gelu: x, y; backward dy, x, dx. cross_entropy: logits; backward logits, dlogits.
+    """
+    tensors = {
+        "layer_norm": (2, 3),
+        "add_layer_norm": (4, 4),
+        "bias_gelu": (2, 3),
+        "cross_entropy": (1, 2),
+    }[case.op][MODES.index(mode)]
+    return tensors * case.M * case.N * harness.DTYPES[case.dtype].itemsize
+
+
+# Providers
+
+
+def provider(name, op):
+    """The function of provider `name` for an operation, or None if it has none."""
+    if name == "eager":
+        return EAGER[op]
+    if name == "compiled":
+        return torch.compile(EAGER[op], dynamic=False)
+    if name == "triton":
+        return getattr(kernels, op)
+    return _liger(op)
+
+
+def _liger(op):
+    if op == "layer_norm":
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+    if op == "cross_entropy":
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        return liger_cross_entropy
+    return None
+
+
+def refusal(name, op, mode, device):
+    """Why a provider cannot be timed, or None."""
+    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    if name == "liger" and _liger(op) is None:
+        return f"liger-kernel has no {op}"
+    if name == "liger" and (op, mode) == ("cross_entropy", "backward"):
+        return "liger-kernel takes this gradient in its forward pass, over the logits"
+    if name in ("liger", "compiled") and device.type != "cuda":
+        return f"{name} is timed on a GPU only"
+    return None
+
+
+def make_call(mode, function, inputs, gradients):
+    """The call to check and to time: () -> outputs, or () -> gradients of a forward pass that is done here."""
+    if mode == "forward":
+        return lambda: _tuple(function(*inputs))
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    outputs = _tuple(function(*leaves))
+    wanted = [x for x in leaves if x.is_floating_point()]
+    return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
+
+
+def _tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+# The gate
+
+
+def expected(mode, case, inputs, gradients, dtype):
+    """The results of the plain definition computed in `dtype`."""
+    function = getattr(reference, case.op)
+    wide = [[x.to(dtype) if x.is_floating_point() else x for x in tensors] for tensors in (inputs, gradients)]
+    if case.op == "cross_entropy" and dtype != torch.float64:
+        wide[1] = gradients  # its loss is fp32 whatever the logits are
+    return make_call(mode, function, *wide)()
+
+
+def check(mode, function, case, inputs, gradients):
+    """(error, status) of one provider."""
+    actual, status = harness.attempt(lambda: make_call(mode, function, inputs, gradients)())
+    if status != OK:
+        return None, status
+    baseline = expected(mode, case, inputs, gradients, harness.DTYPES[case.dtype])
+    oracle = expected(mode, case, inputs, gradients, torch.float64)
+    results = {f"result {i}": triple for i, triple in enumerate(zip(actual, baseline, oracle))}
+    return harness.judge(results, factor=harness.FORWARD_FACTOR if mode == "forward" else harness.GRADIENT_FACTOR)
+
+
+# Rows
+
+
+def row(name, mode, case, lane):
+    """A row in which nothing is measured yet."""
+    measured = ("median_ms", "p20_ms", "p80_ms", "gb_per_s", "of_copy", "peak_memory_mb", "error")
+    shape = asdict(case)
+    head = {"op": shape.pop("op"), "provider": name, "mode": mode}
+    return {**head, **shape, **dict.fromkeys(measured), "lane": lane, "status": OK}
+
+
+def copy_gb_per_s(device, quick):
+    """The device's copy bandwidth, bytes read and written over the median time, in 10^9 bytes a second."""
+    x = torch.empty(2**29 if device.type == "cuda" else 2**25, dtype=torch.int8, device=device)
+    y = torch.empty_like(x)
+    timing = harness.measure({"copy": lambda: lambda: y.copy_(x)}, device, quick=quick)["copy"]
+    return 2 * x.numel() / timing["median_ms"] / 1e6
+
+
+def timed_rows(case, names, modes, device, copy, quick):
+    """The rows of one case: each provider checked, then those that passed timed against each other."""
+    inputs, gradients = case.inputs(device)
+    rows = []
+    for mode in modes:
+        passed, functions = {}, {}
+        for name in names:
+            entry = row(name, mode, case, "gpu" if device.type == "cuda" else "cpu")
+            rows.append(entry)
+            reason = refusal(name, case.op, mode, device)
+            if reason is not None:
+                entry["status"] = f"not supported: {reason}"
+                continue
+            function = provider(name, case.op)
+            entry["error"], entry["status"] = check(mode, function, case, inputs, gradients)
+            if entry["status"] == OK:
+                both = partial(_both, mode, function, inputs, gradients)
+                entry["peak_memory_mb"], entry["status"] = harness.attempt(harness.peak_memory_mb, both, device)
+            if entry["status"] == OK:
+                passed[name], functions[name] = entry, function
+        makes = {name: partial(make_call, mode, functions[name], inputs, gradients) for name in passed}
+        for name, timing in harness.measure(makes, device, quick=quick).items():
+            passed[name].update(timing)
+            if timing["median_ms"] is not None:
+                passed[name]["gb_per_s"] = bytes(mode, case) / timing["median_ms"] / 1e6
+                passed[name]["of_copy"] = passed[name]["gb_per_s"] / copy
+    return rows
+
+
+def _both(mode, function, inputs, gradients):
+    """A pass with all that it needs: for backward, its forward too."""
+    make_call(mode, function, inputs, gradients)()
+
+
+def lane_rows(cases, modes):
+    """Rows of ours where there is no GPU: its error from the dtype's lane, and no time."""
+    rows = []
+    for lane in dict.fromkeys(LANES[case.dtype] for case in cases):
+        # A process of its own, since Triton chooses its interpreter when kernels are imported.
+        interpreted = {"TRITON_INTERPRET": "1" if lane == "interpret" else "0"}
+        with (
+            mock.patch.dict(os.environ, interpreted),
+            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
+        ):
+            mine = [case for case in cases if LANES[case.dtype] == lane]
+            rows += process.submit(rows_in_lane, lane, mine, modes).result()
+    return rows
+
+
+def rows_in_lane(lane, cases, modes):
+    """lane_rows of one lane; runs in that lane's process."""
+    rows = []
+    for case, mode in product(cases, modes):
+        entry = row("triton", mode, case, lane)
+        rows.append(entry)
+        inputs, gradients = case.inputs("cpu")
+        with nullcontext() if lane == "interpret" else simulate(lane.split()[1]):
+            entry["error"], entry["status"] = check(mode, provider("triton", case.op), case, inputs, gradients)
+        if entry["status"] == OK:
+            entry["status"] = "not timed: no GPU"
+    return rows
+
+
+# The command
+
+
+def parser():
+    result = harness.Parser("bench/pointwise_sweep.py", __doc__, check=complete)
+    result.add_argument("--ops", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
+    result.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all")
+    result.add_argument("--dtype", nargs="+", choices=harness.DTYPES, help="default: bfloat16, on a CPU float32")
+    result.add_argument("--rows", type=int, metavar="M", help="of every operation; default: 16384, on a CPU 4096")
+    result.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), metavar="N", help="default: GPT-2's")
+    result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: both")
+    return result
+
+
+def complete(args):
+    """Fills in what was not given and refuses what cannot be served, before any work."""
+    args.dtype = args.dtype or ["bfloat16" if args.device.type == "cuda" else "float32"]
+    if args.rows is not None and args.rows < 1:
+        raise UsageError(f"--rows {args.rows}: at least 1 is required")
+    for N in args.widths:
+        if not 1 <= N <= 16384:
+            raise UsageError(f"--widths {N}: from 1 to 16384 is supported")
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    environment = harness.environment(args.device, args.command)
+    rows_of_norms, rows_of_logits = SIZES[args.device.type, args.quick]
+
+    def cases(rows=None):
+        return [
+            Case(op, dtype, rows or (rows_of_logits if op == "cross_entropy" else rows_of_norms), N)
+            for op in args.ops
+            for dtype in args.dtype
+            for N in ((VOCABULARY,) if op == "cross_entropy" else args.widths)
+        ]
+
+    in_lane = args.device.type == "cpu" and "triton" in args.providers
+    timed = [name for name in args.providers if not (in_lane and name == "triton")]
+    copy = environment["copy_gb_per_s"] = copy_gb_per_s(args.device, args.quick)
+    rows = []
+    for case in harness.progress(cases(args.rows) if timed else [], "pointwise"):
+        rows += timed_rows(case, timed, args.mode, args.device, copy, args.quick)
+    if in_lane:
+        rows += lane_rows(cases(LANE_ROWS), args.mode)
+    rows.sort(
+        key=lambda r: (OPERATIONS.index(r["op"]), args.mode.index(r["mode"]), args.dtype.index(r["dtype"]), r["N"])
+    )
+
+    print(f"{environment['device']}: a copy moves {copy:.4g} GB/s")
+    harness.finish(args.out / "pointwise_sweep.json", environment, rows, columns=COLUMNS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
