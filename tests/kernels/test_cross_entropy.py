@@ -1,14 +1,12 @@
 """cross_entropy and linear_cross_entropy: right in every lane within the tolerance rule, for any vocabulary."""
 
-import weakref
-
 import compiling
 import pytest
 import torch
 from lanes import across_lanes
+from memory import LiveBytes
 from rowwise import assert_bit_identical, check_against_oracle, poisoned, with_gradients
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cross_entropy, linear_cross_entropy, reference
 
@@ -194,35 +192,6 @@ def test_its_plain_pytorch_form_matches_the_oracle(dtype, reduction):
         with_options(reference.linear_cross_entropy, reduction=reduction),
     )
     check_against_oracle(*both, tensors, (torch.tensor(0.7),))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages that operations made and that are still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return result
-
-    def count(self, storage):
-        key = storage._cdata
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.forget, key, storage.nbytes())
-
-    def forget(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
 
 
 def peak_of_a_step(loss_function, device="meta"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lanes import across_lanes
+from memory import LiveBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT2, GPT2Config
@@ -88,6 +89,23 @@ def test_from_pretrained_takes_it(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = GPT2.from_pretrained(tmp_path, kernel_implementation="torch")
     assert loaded.transformer.kernel_implementation == "torch"
+
+
+def peak_of_a_training_step(**options):
+    """Bytes at the peak of forward and backward of a narrow GPT-2 at B = 8, T = 1024 with the whole vocabulary."""
+    config = GPT2Config(n_embd=64, n_head=1, n_layer=2, **NO_DROPOUT)
+    with torch.device("meta"):
+        model = GPT2(config, attn_implementation="sdpa", kernel_implementation="torch")
+        embeddings, labels = torch.empty(8, 1024, 64), torch.empty(8, 1024, dtype=torch.int64)
+    with LiveBytes() as live:
+        model(inputs_embeds=embeddings, labels=labels, **options).loss.backward()
+    return live.peak
+
+
+def test_without_logits_the_peak_of_a_training_step_is_below_their_size():
+    logits = 4 * 8 * 1024 * 50257
+    assert peak_of_a_training_step(return_logits=False) < 0.8 * logits
+    assert peak_of_a_training_step() > 2 * logits
 
 
 # What a step launches
