@@ -1,31 +1,31 @@
-"""Attention forward and backward, backend against backend, over sequence lengths: a table, a JSON file, two charts.
+"""Attention forward and backward, backend against backend: a table, a JSON file, charts.
 
-    python bench/attention_sweep.py            # what this machine can do
+    python bench/attention_sweep.py            # over sequence lengths: what this machine can do
     python bench/attention_sweep.py --quick
+    python bench/attention_sweep.py --scenario padding dropout decode head-dims
+
+bench/attention_cases.py says what each scenario measures and how FLOPs are counted. Inputs are as in GPT-2: q, k, v
+[B, H, T, D] are views of one fused projection [B, T, 3HD], random normal; decode reads k and v from a cache. `forward`
+has no graph; `backward` is the gradient by q, k and v alone, its forward pass done before.
 
 On a GPU every backend is timed, SDPA once by torch's own choice (sdpa) and once by each kernel that it chooses from
-(sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math). On a CPU eager and SDPA are timed; the Triton kernel is checked in
-Triton's interpreter or, in bf16, on a simulated A100, at short lengths of its own, and not timed.
-
-Inputs are as in GPT-2: q, k, v [B, H, T, D] are views of one fused projection [B, T, 3HD], random normal. `forward` has
-no graph; `backward` is the gradient by q, k and v alone, its forward pass done before.
-
-TFLOP/s follows the flash-attention papers, so that figures compare: forward 4 B H T^2 D (two products, two operations
-for a multiply-add), half of it when causal (not the exact T (T + 1) / 2 pairs), backward 2.5 times that (five products
-for two). What a backend computes beyond it, such as recomputed scores or masked halves, does not count.
+(sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math); flex, compiled, and flash_attention_2 where its package is there.
+On a CPU eager and SDPA are timed; the Triton kernel is checked in Triton's interpreter or, in bf16, on a simulated
+A100, at short lengths of its own, and not timed.
 
 Before a backend is timed it is held against float64 in two whole heads, the first and the last of the batch, by the
-tolerance rule of the tests; `error` is the largest difference. `peak_memory_mb` is what the pass allocates above its
-inputs, for backward with its forward pass.
+tolerance rule of the tests; `error` is the largest difference. With dropout the Triton kernel is held against the
+definition with the very weights dropped that its seed drops; what another backend drops cannot be known, so that it is
+checked without dropout: `checked` says which. `gb_per_s` is, for decode, the cache's bytes over the time.
+`peak_memory_mb` is what the pass allocates above its inputs, for backward with its forward pass.
 """
 
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from itertools import product
 from multiprocessing import get_context
 from unittest import mock
 
@@ -33,10 +33,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import harness
+from bench.attention_cases import SCENARIOS, SIZES, Case, cache_bytes, flops, modes_of, variants
 from bench.harness import OK, UsageError
-from kernels import reference
+from kernels import flash_attention, reference
+from kernels.attention.dropout import attention_keep_mask
 from kernels.simulator import simulate
-from model.attention import attention, attention_backends, get_attention, split_heads
+from model.attention import attention, attention_backends, get_attention
 
 MODES = ("forward", "backward")
 SDPA_KERNELS = {
@@ -48,74 +50,56 @@ SDPA_KERNELS = {
 # How torch says that the one SDPA kernel which it may use cannot serve a request.
 SDPA_REFUSALS = ("No available kernel", "No viable backend", "no kernel found", "cuDNN Frontend error", "mha_graph")
 
-# By device, and whether --quick: sequence lengths; tokens in a batch.
-SIZES = {
-    ("cuda", False): ((128, 256, 512, 1024, 2048, 4096, 8192, 16384), 16384),
-    ("cuda", True): ((128, 1024, 4096), 4096),
-    ("cpu", False): ((128, 256, 512, 1024), 1024),
-    ("cpu", True): ((64, 128, 256), 256),
-}
 MAX_T = 2**17  # beyond it the float64 oracle alone takes minutes
 
 # Where the Triton kernel is checked on a machine without a GPU. The interpreter gets bf16 products wrong.
 LANES = {"float32": "interpret", "float16": "interpret", "bfloat16": "simulate sm_80"}
-LANE_SEQ_LENS = {False: (64, 128, 256), True: (64,)}
+LANE_SEQ_LENS = {False: (64, 128, 256), True: (64,)}  # of the scenario "lengths"; the others take the shortest
+LANE_CACHE = 256
 
-COLUMNS = ("backend", "mode", "dtype", "B", "T", "median_ms", "p20_ms", "p80_ms", "tflops", "peak_memory_mb", "error")
-COLUMNS += ("lane", "status")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape, with the names that a row has for it."""
-
-    dtype: str
-    B: int
-    H: int
-    T: int
-    D: int
-    causal: bool
-
-    def inputs(self, device):
-        """q, k, v and do, each [B, H, T, D] in the memory order [B, T, ..., D] that the model gives them."""
-        generator = torch.Generator(device).manual_seed(self.T)
-        options = {"generator": generator, "device": device, "dtype": harness.DTYPES[self.dtype]}
-        qkv = torch.randn(self.B, self.T, 3 * self.H * self.D, **options)
-        do = torch.randn(self.B, self.T, self.H, self.D, **options).transpose(1, 2)
-        return *split_heads(qkv, self.H), do
-
-
-def flops(mode, case):
-    """Floating-point operations of one pass; the module's docstring has the formula."""
-    forward = 4 * case.B * case.H * case.T**2 * case.D * (0.5 if case.causal else 1.0)
-    return forward * {"forward": 1.0, "backward": 2.5}[mode]
+# The tables: what a shape is told by, in each scenario, and what came of it.
+SHAPE = ("backend", "mode", "dtype", "B", "T")
+SCENARIO_COLUMNS = {
+    "padding": ("padding", "valid"),
+    "dropout": ("dropout_p", "checked"),
+    "decode": ("T_k", "gb_per_s"),
+    "head-dims": ("H", "D"),
+}
+RESULT = ("median_ms", "p20_ms", "p80_ms", "tflops", "peak_memory_mb", "error", "lane", "status")
+MEASURED = ("median_ms", "p20_ms", "p80_ms", "tflops", "gb_per_s", "peak_memory_mb", "error")
 
 
 # Backends
 
 
-def run(name, q, k, v, causal):
-    """o [B, H, T, D] by the registry's backend `name`, or by SDPA held to the one kernel that `name` stands for."""
+def run(name, q, k, v, options):
+    """o [B, H, T, D] by the registry's backend `name`, or by SDPA held to the one kernel that `name` stands for.
+
+    options: keyword arguments of model.attention.attention. With a dropout_seed, which the registry does not take, the
+    Triton kernel is called itself.
+    """
+    if "dropout_seed" in options:
+        return flash_attention(q, k, v, **options)
     if name not in SDPA_KERNELS:
-        return attention(q, k, v, backend=name, causal=causal)[0]
+        return attention(q, k, v, backend=name, **options)[0]
     with sdpa_kernel(SDPA_KERNELS[name]):
-        return attention(q, k, v, backend="sdpa", causal=causal)[0]
+        return attention(q, k, v, backend="sdpa", **options)[0]
 
 
-def make_call(mode, name, inputs, causal):
+def make_call(mode, name, inputs, options):
     """The call to check and to time: () -> (o,), or () -> (dq, dk, dv) of a forward pass that is done here."""
     q, k, v, do = inputs
     if mode == "forward":
-        return lambda: (run(name, q, k, v, causal),)
+        return lambda: (run(name, q, k, v, options),)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = run(name, *leaves, causal)
+    o = run(name, *leaves, options)
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
 
 
-def refusal(name, device, dtype, head_dim):
-    """Why the backend cannot serve such tensors, in the registry's words, or None."""
+def refusal(name, device, dtype, head_dim, **needs):
+    """Why the backend cannot serve such tensors, in the registry's words, or None. needs: as Case.needs gives them."""
     request = {"device": device, "dtype": harness.DTYPES[dtype], "head_dim": head_dim}
-    reason = get_attention("sdpa" if name in SDPA_KERNELS else name).refusal(**request)
+    reason = get_attention("sdpa" if name in SDPA_KERNELS else name).refusal(**request, **needs)
     on_gpu = torch.device(device).type == "cuda"
     if reason is None and name == "triton" and on_gpu and get_attention("auto", **request).name != "triton":
         return "this GPU (compute capability 8.0 or newer is required)"
@@ -130,18 +114,23 @@ def two_heads(x):
     return x[[0, -1], [0, -1]][:, None]
 
 
-def expected(inputs, dtype, causal, chunk=1024):
-    """o, dq, dk, dv of two heads by the plain definition in `dtype`, each [2, 1, T, D].
+def expected(inputs, dtype, causal, kv_start=None, kv_end=None, keep=None, dropout_p=0.0, chunk=1024):
+    """o, dq, dk, dv of two heads by the plain definition in `dtype`, each [2, 1, T, D] or [2, 1, T_k, D].
 
-    It goes through the queries in chunks, since T x T scores may not fit; the chunks' dk and dv are summed in float64.
+    keep: the weights of those heads that dropout keeps, bool [2, 1, T, T_k], or None. It goes through the queries in
+    chunks, since T x T_k scores may not fit; the chunks' dk and dv are summed in float64.
     """
     q, k, v, do = (two_heads(x).to(dtype) for x in inputs)
+    bounds = {"kv_start": kv_start, "kv_end": kv_end}
+    bounds = {name: None if bound is None else bound[[0, -1]] for name, bound in bounds.items()}
+    T, T_k = q.shape[-2], k.shape[-2]
     o, dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (q, q, k, v))
-    for start in range(0, q.shape[-2], chunk):
+    for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
-        seen = slice(0, start + chunk if causal else None)
+        seen = slice(0, T_k - T + min(start + chunk, T) if causal else None)
         leaves = [x.detach().requires_grad_() for x in (q[:, :, rows], k[:, :, seen], v[:, :, seen])]
-        o_rows, _ = reference.attention(*leaves, causal=causal)
+        dropout = {} if keep is None else {"keep": keep[:, :, rows, seen], "dropout_p": dropout_p}
+        o_rows, _ = reference.attention(*leaves, causal=causal, **bounds, **dropout)
         dq_rows, dk_seen, dv_seen = torch.autograd.grad(o_rows, leaves, do[:, :, rows])
         o[:, :, rows], dq[:, :, rows] = o_rows.detach().double(), dq_rows.double()
         dk[:, :, seen] += dk_seen
@@ -149,23 +138,47 @@ def expected(inputs, dtype, causal, chunk=1024):
     return {"forward": {"o": o.to(dtype)}, "backward": {"dq": dq.to(dtype), "dk": dk.to(dtype), "dv": dv.to(dtype)}}
 
 
-def check(mode, name, inputs, causal, baseline, oracle):
-    """(error, status) of one backend on `inputs`; baseline and oracle as `expected` gives them."""
+class Gate:
+    """What a backend is held against on one shape: `options` of its call, `baseline` and `oracle` of the outcome.
+
+    checked: "as timed", or "without dropout" for those whose choice of weights to drop is not known from outside.
+    """
+
+    def __init__(self, case, inputs, *, drops=False):
+        device = inputs[0].device
+        self.checked = "as timed" if drops or not case.dropout_p else "without dropout"
+        self.options = asked = case.options(device)
+        if drops:
+            seed = torch.tensor([20190214], dtype=torch.int64, device=device)
+            p = round(case.dropout_p * 65536) / 65536  # the probability that the kernel makes of it
+            keep = attention_keep_mask(seed, case.B, case.H, case.T, case.T_k, p, asked["kv_start"])
+            self.options = asked | {"dropout_p": p, "dropout_seed": seed}
+            asked = asked | {"dropout_p": p, "keep": two_heads(keep)}
+        self.baseline, self.oracle = (
+            expected(inputs, dtype, **asked) for dtype in (harness.DTYPES[case.dtype], torch.float64)
+        )
+
+
+def gates(case, inputs, names):
+    """{name: Gate}; they share what they can, since the oracle is slow."""
+    drops = {name: name == "triton" and case.dropout_p > 0 for name in names}
+    made = {kind: Gate(case, inputs, drops=kind) for kind in set(drops.values())}
+    return {name: made[drops[name]] for name in names}
+
+
+def check(mode, name, inputs, gate):
+    """(error, status) of one backend on `inputs`."""
     try:
-        actual, status = harness.attempt(lambda: [two_heads(x) for x in make_call(mode, name, inputs, causal)()])
+        actual, status = harness.attempt(lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options)()])
     except RuntimeError as error:
         if name not in SDPA_KERNELS or not any(words in str(error) for words in SDPA_REFUSALS):
             raise
         return None, "not supported: SDPA has no such kernel for this request"
     if status != OK:
         return None, status
-    results = {key: (x, baseline[mode][key], oracle[mode][key]) for key, x in zip(oracle[mode], actual)}
+    baseline, oracle = gate.baseline[mode], gate.oracle[mode]
+    results = {key: (x, baseline[key], oracle[key]) for key, x in zip(oracle, actual)}
     return harness.judge(results, factor=harness.FORWARD_FACTOR if mode == "forward" else harness.GRADIENT_FACTOR)
-
-
-def references(case, inputs):
-    """(baseline, oracle): the plain definition in the case's dtype and in float64."""
-    return tuple(expected(inputs, dtype, case.causal) for dtype in (harness.DTYPES[case.dtype], torch.float64))
 
 
 # Rows
@@ -173,43 +186,46 @@ def references(case, inputs):
 
 def row(name, mode, case, lane):
     """A row in which nothing is measured yet."""
-    measured = ("median_ms", "p20_ms", "p80_ms", "tflops", "peak_memory_mb", "error")
-    shape = asdict(case)
-    return {"backend": name, "mode": mode, **shape, **dict.fromkeys(measured), "lane": lane, "status": OK}
+    unmeasured = {"checked": None, **dict.fromkeys(MEASURED)}
+    return {"backend": name, "mode": mode, **asdict(case), **unmeasured, "lane": lane, "status": OK}
 
 
 def timed_rows(case, names, modes, device, quick):
     """The rows of one shape: each backend checked, then those that passed timed against each other."""
     inputs = case.inputs(device)
-    baseline, oracle = references(case, inputs)
+    gate_of = gates(case, inputs, names)
+    options = case.options(device) | {"dropout_p": case.dropout_p}
     rows = []
     for mode in modes:
         passed = {}
         for name in names:
             entry = row(name, mode, case, "gpu" if device.type == "cuda" else "cpu")
             rows.append(entry)
-            reason = refusal(name, device, case.dtype, case.D)
+            reason = refusal(name, device, case.dtype, case.D, **case.needs())
             if reason is not None:
                 entry["status"] = f"not supported: {reason}"
                 continue
-            entry["error"], entry["status"] = check(mode, name, inputs, case.causal, baseline, oracle)
+            entry["checked"] = gate_of[name].checked
+            entry["error"], entry["status"] = check(mode, name, inputs, gate_of[name])
             if entry["status"] == OK:
                 entry["peak_memory_mb"], entry["status"] = harness.attempt(
-                    harness.peak_memory_mb, partial(_both, mode, name, inputs, case.causal), device
+                    harness.peak_memory_mb, partial(_both, mode, name, inputs, options), device
                 )
             if entry["status"] == OK:
                 passed[name] = entry
-        makes = {name: partial(make_call, mode, name, inputs, case.causal) for name in passed}
+        makes = {name: partial(make_call, mode, name, inputs, options) for name in passed}
         for name, timing in harness.measure(makes, device, quick=quick).items():
             passed[name].update(timing)
             if timing["median_ms"] is not None:
                 passed[name]["tflops"] = flops(mode, case) / timing["median_ms"] / 1e9
+                if case.scenario == "decode":
+                    passed[name]["gb_per_s"] = cache_bytes(case) / timing["median_ms"] / 1e6
     return rows
 
 
-def _both(mode, name, inputs, causal):
+def _both(mode, name, inputs, options):
     """A pass with all that it needs: for backward, its forward too."""
-    make_call(mode, name, inputs, causal)()
+    make_call(mode, name, inputs, options)()
 
 
 def lane_rows(cases, modes):
@@ -230,16 +246,19 @@ def lane_rows(cases, modes):
 def rows_in_lane(lane, cases, modes):
     """lane_rows of one lane; runs in that lane's process."""
     rows = []
-    for case, mode in product(cases, modes):
+    passes = [(case, mode) for case in cases for mode in modes_of(case.scenario, modes)]
+    for case, mode in passes:
         entry = row("triton", mode, case, lane)
         rows.append(entry)
-        reason = refusal("triton", "cpu", case.dtype, case.D)
+        reason = refusal("triton", "cpu", case.dtype, case.D, **case.needs())
         if reason is not None:
             entry["status"] = f"not supported: {reason}"
             continue
         inputs = case.inputs("cpu")
         with nullcontext() if lane == "interpret" else simulate(lane.split()[1]):
-            entry["error"], entry["status"] = check(mode, "triton", inputs, case.causal, *references(case, inputs))
+            gate = gates(case, inputs, ["triton"])["triton"]
+            entry["checked"] = gate.checked
+            entry["error"], entry["status"] = check(mode, "triton", inputs, gate)
         if entry["status"] == OK:
             entry["status"] = "not timed: no GPU"
     return rows
@@ -260,6 +279,7 @@ positive.__name__ = "positive whole number"  # argparse's message names the type
 
 def parser():
     result = harness.Parser("bench/attention_sweep.py", __doc__, check=complete)
+    result.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["lengths"], help="default: lengths")
     result.add_argument("--backends", nargs="+", metavar="NAME", help=f"of the registry, or {', '.join(SDPA_KERNELS)}")
     result.add_argument(
         "--dtype", nargs="+", choices=harness.DTYPES, help="default: float16 on a GPU, float32 on a CPU"
@@ -267,7 +287,11 @@ def parser():
     result.add_argument("--heads", type=positive, default=12, metavar="H", help="default: 12")
     result.add_argument("--head-dim", type=positive, default=64, metavar="D", help="default: 64")
     result.add_argument(
-        "--seq-lens", type=positive, nargs="+", metavar="T", help="default: 128 to 16384, on a CPU to 1024"
+        "--seq-lens",
+        type=positive,
+        nargs="+",
+        metavar="T",
+        help="for decode, of the cache; default: 128 to 16384, on a CPU to 1024, other scenarios fewer",
     )
     batch = result.add_mutually_exclusive_group()
     batch.add_argument("--tokens", type=positive, metavar="N", help="B = N // T; default: 16384, on a CPU 1024")
@@ -279,45 +303,75 @@ def parser():
 
 def complete(args):
     """Fills in what was not given and refuses what cannot be served, before any work."""
-    lengths, tokens = SIZES[args.device.type, args.quick]
-    args.seq_lens = args.seq_lens or list(lengths)
     args.dtype = args.dtype or ["float16" if args.device.type == "cuda" else "float32"]
-    longest = max(args.seq_lens)
+    args.scenario = list(dict.fromkeys(args.scenario))
+    longest = max(args.seq_lens or [1])
     if longest > MAX_T:
         raise UsageError(f"--seq-lens {longest}: at most {MAX_T} is supported")
-    if args.tokens is not None and args.tokens < longest:
-        raise UsageError(f"--tokens {args.tokens}: a batch has whole sequences, the longest has T = {longest}")
-    args.tokens = args.tokens or max(tokens, longest)
+    for scenario in args.scenario:
+        if not modes_of(scenario, args.mode):
+            raise UsageError(f"--mode {' '.join(args.mode)}: {scenario} has no gradient; forward is required")
+        lengths = args.seq_lens or SIZES[scenario][args.device.type, args.quick][0]
+        if args.tokens is not None and args.tokens < max(lengths):
+            raise UsageError(f"--tokens {args.tokens}: a batch has whole sequences, the longest has T = {max(lengths)}")
+    args.cases = [case for scenario in args.scenario for case in cases(args, scenario)]
     _complete_backends(args)
     if args.device.type == "cpu" and {"eager", "sdpa-math"} & set(args.backends):
-        _check_memory(args, longest)
+        _check_memory(args.cases)
+
+
+def cases(args, scenario):
+    """The shapes of one scenario, with the sizes that were asked for or those of SIZES."""
+    lengths, tokens = SIZES[scenario][args.device.type, args.quick]
+    lengths = args.seq_lens or lengths
+    tokens = args.tokens or max(tokens, *lengths)
+    return _cases(args, scenario, lengths, lambda T: args.batch or max(1, tokens // T))
+
+
+def lane_cases(args, scenario):
+    """The shapes at which the Triton kernel is checked where there is no GPU."""
+    if scenario == "lengths":
+        return _cases(args, scenario, LANE_SEQ_LENS[args.quick], lambda T: 1)
+    length = LANE_CACHE if scenario == "decode" else LANE_SEQ_LENS[True][0]
+    return _cases(args, scenario, [length], lambda T: 2 if scenario == "padding" else 1)
+
+
+def _cases(args, scenario, lengths, batch):
+    return [
+        case
+        for dtype in args.dtype
+        for T in lengths
+        for case in variants(Case(dtype, batch(T), args.heads, T, args.head_dim, not args.full, scenario=scenario))
+    ]
 
 
 def _complete_backends(args):
     known = (*attention_backends(), *SDPA_KERNELS)
     if args.backends is None:
-        common = ("eager", "sdpa", *(SDPA_KERNELS if args.device.type == "cuda" else ()), "triton")
-        args.backends = [name for name in common if name in known]
+        on_gpu = ("flex", "flash_attention_2", *SDPA_KERNELS) if args.device.type == "cuda" else ()
+        args.backends = [name for name in ("eager", "sdpa", *on_gpu, "triton") if name in known]
         return
     args.backends = list(dict.fromkeys(args.backends))
     for name in args.backends:
         if name not in known:
             raise UsageError(f"--backends {name}: unknown; choose from {', '.join(known)}")
-        for dtype in args.dtype:
-            reason = refusal(name, args.device, dtype, args.head_dim)
-            if reason is not None:
-                raise UsageError(f"--backends {name} does not support {reason}")
+        reasons = [refusal(name, args.device, case.dtype, case.D, **case.needs()) for case in args.cases]
+        if all(reasons):
+            raise UsageError(f"--backends {name} does not support {reasons[0]}")
 
 
-def _check_memory(args, longest):
+def _check_memory(cases):
     """A CPU's memory runs out by killing the process, so that is foreseen here instead."""
-    B = args.batch or args.tokens // longest
-    needed = 5 * B * args.heads * longest**2 * 4  # scores, probabilities and their gradients
+
+    def scores(case):  # and probabilities, and their gradients
+        return 5 * case.B * case.H * case.T * case.T_k * 4
+
+    largest = max(cases, key=scores)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
+    if scores(largest) > available:
         raise UsageError(
-            f"--seq-lens {longest}: eager attention needs about {needed / 2**30:.0f} GB for B = {B}, H = {args.heads}; "
-            f"this machine has {available / 2**30:.0f} GB"
+            f"--seq-lens {largest.T_k}: eager attention needs about {scores(largest) / 2**30:.0f} GB for "
+            f"B = {largest.B}, H = {largest.H}; this machine has {available / 2**30:.0f} GB"
         )
 
 
@@ -327,22 +381,17 @@ def main(argv=None):
     in_lane = args.device.type == "cpu" and "triton" in args.backends
     timed = [name for name in args.backends if not (in_lane and name == "triton")]
 
-    def cases(lengths, batch):
-        return [
-            Case(dtype, batch or max(1, args.tokens // T), args.heads, T, args.head_dim, not args.full)
-            for dtype in args.dtype
-            for T in lengths
-        ]
-
     rows = []
-    for case in harness.progress(cases(args.seq_lens, args.batch) if timed else [], "attention"):
-        rows += timed_rows(case, timed, args.mode, args.device, args.quick)
+    for case in harness.progress(args.cases if timed else [], "attention"):
+        rows += timed_rows(case, timed, modes_of(case.scenario, args.mode), args.device, args.quick)
     if in_lane:
-        rows += lane_rows(cases(LANE_SEQ_LENS[args.quick], 1), args.mode)
-    rows.sort(key=lambda r: (args.mode.index(r["mode"]), args.dtype.index(r["dtype"]), r["T"]))
+        rows += lane_rows([case for scenario in args.scenario for case in lane_cases(args, scenario)], args.mode)
+    asked = {"scenario": args.scenario, "mode": args.mode, "dtype": args.dtype}
+    rows.sort(key=lambda r: [values.index(r[name]) for name, values in asked.items()] + [r["T_k"], r["T"], r["D"]])
 
     print(f"{environment['device']}: H = {args.heads}, D = {args.head_dim}, {'full' if args.full else 'causal'}")
-    harness.finish(args.out / "attention_sweep.json", environment, rows, columns=COLUMNS)
+    columns = {name: SHAPE + SCENARIO_COLUMNS.get(name, ()) + RESULT for name in args.scenario}
+    harness.finish(args.out / "attention_sweep.json", environment, rows, columns=columns, by="scenario")
 
 
 if __name__ == "__main__":

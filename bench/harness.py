@@ -221,12 +221,14 @@ def judge(results, *, factor):
 
     results: {name: (actual, baseline, oracle)}: a provider's tensors, those of plain PyTorch in the same dtype, and
     those in float64 from the same rounded inputs. Errors are the largest absolute differences; one that is not finite
-    comes back as None.
+    comes back as None. The ulps are those of the largest value in any of the results: gradients are sums of terms of
+    one scale, and one of them may be small by cancellation.
     """
     worst, status = 0.0, OK
+    largest = max(oracle.abs().max().item() for _, _, oracle in results.values())
+    largest = max(largest, torch.finfo(torch.float32).tiny)
     for name, (actual, baseline, oracle) in results.items():
         error, baseline_error = ((x.double() - oracle).abs().max().item() for x in (actual, baseline))
-        largest = max(oracle.abs().max().item(), torch.finfo(torch.float32).tiny)
         bound = factor * baseline_error + FLOOR_ULPS * torch.finfo(actual.dtype).eps * largest
         if not np.isfinite(error):
             return None, f"failed: {name} holds NaN or infinity"
@@ -323,11 +325,17 @@ def table(rows, columns):
     return "\n".join(line.rstrip() for line in aligned)
 
 
-def finish(path, environment, rows, *, columns):
-    """The end of a bench: saves the rows, draws their charts beside them, prints the table and where the files are."""
+def finish(path, environment, rows, *, columns, by=None):
+    """The end of a bench: saves the rows, draws their charts beside them, prints the table and where the files are.
+
+    by: a field; rows with different values of it get tables of their own, and `columns` is {value: columns}.
+    """
     save(path, environment, rows)
     charts = plots.draw(path)
-    print(table(rows, columns))
+    for value, names in columns.items() if by else ((None, columns),):
+        if by and len(columns) > 1:
+            print(f"\n{value}")
+        print(table([row for row in rows if by is None or row[by] == value], names))
     print()
     for written in (path, *charts):
         print(f"wrote {written}")

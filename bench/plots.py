@@ -27,6 +27,7 @@ class Chart:
     relative_to: names of series; y becomes (y of the first of them that was measured) / y, a speed-up if y is a time.
     powers: the x axis is logarithmic to base 2, with a tick at each x.
     mode: draws only the rows of this mode; None for all.
+    scenario: draws only the rows of this scenario; a row that names none is of "lengths", as in older files.
     """
 
     file: str
@@ -41,10 +42,12 @@ class Chart:
     kind: str = "lines"
     powers: bool = True
     mode: str | None = None
+    scenario: str | None = None
 
     def rows_of(self, rows):
         """The rows that this chart draws, or none if one of them lacks a field."""
         mine = [row for row in rows if self.mode is None or row.get("mode") == self.mode]
+        mine = [row for row in mine if self.scenario is None or row.get("scenario", "lengths") == self.scenario]
         return mine if all({self.x, self.y, self.series, *self.facets} <= row.keys() for row in mine) else []
 
 
@@ -57,6 +60,7 @@ CHARTS = (
         y_label="time of {baseline} / time",
         facets=_ATTENTION,
         relative_to=("sdpa", "eager"),
+        scenario="lengths",
     ),
     Chart(
         file="attention_throughput.png",
@@ -64,6 +68,47 @@ CHARTS = (
         y="tflops",
         y_label="TFLOP/s",
         facets=_ATTENTION,
+        scenario="lengths",
+    ),
+    Chart(
+        file="attention_padding.png",
+        title="Attention: time with padding",
+        y="median_ms",
+        y_label="ms",
+        x="valid",
+        x_label="share of the keys that is valid",
+        facets=(*_ATTENTION, "T", "padding"),
+        powers=False,
+        scenario="padding",
+    ),
+    Chart(
+        file="attention_dropout.png",
+        title="Attention with dropout: speed-up over {baseline}",
+        y="median_ms",
+        y_label="time of {baseline} / time",
+        facets=(*_ATTENTION, "dropout_p"),
+        relative_to=("sdpa", "eager"),
+        scenario="dropout",
+    ),
+    Chart(
+        file="attention_decode.png",
+        title="Attention, decoding: bytes of the cache over time",
+        y="gb_per_s",
+        y_label="GB/s",
+        x="T_k",
+        x_label="keys in the cache",
+        facets=(*_ATTENTION, "T"),
+        scenario="decode",
+    ),
+    Chart(
+        file="attention_head_dims.png",
+        title="Attention: throughput over head dims",
+        y="tflops",
+        y_label="TFLOP/s",
+        x="D",
+        x_label="head dim D",
+        facets=("mode", "dtype", "T", "causal"),
+        scenario="head-dims",
     ),
     Chart(
         file="pointwise_bandwidth.png",
@@ -108,6 +153,8 @@ COLOURS = {
     "sdpa-cudnn": "#009E73",
     "sdpa-efficient": "#CC79A7",
     "sdpa-math": "#E69F00",
+    "flex": "#F0E442",
+    "flash_attention_2": "#000000",
     "torch": "#0072B2",
     "compiled": "#56B4E9",
     "liger": "#009E73",
@@ -239,8 +286,8 @@ def _draw_lines(axis, chart, curves, colours):
         axis.plot(ticks, heights, color=colours[name], marker=marker, markersize=4.5, linewidth=1.8, zorder=3)
     if chart.powers and ticks:
         axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [_size(x) for x in ticks])
-        axis.minorticks_off()
+    axis.set_xticks(ticks, [_size(x) for x in ticks])
+    axis.minorticks_off()
     top = max((max(ys) for _, ys in curves.values()), default=0.0)
     top = max(top, 1.0) if chart.relative_to else top
     axis.set_ylim(0, 1.08 * top or 1.0)
@@ -320,7 +367,9 @@ def _word(field, value):
 
 
 def _size(x):
-    """1024 as 1k; other values as they are."""
+    """1024 as 1k, shares with two decimals; other values as they are."""
+    if isinstance(x, float):
+        return f"{x:.2f}"
     return f"{x // 1024}k" if isinstance(x, int) and x >= 1024 and x % 1024 == 0 else f"{x}"
 
 

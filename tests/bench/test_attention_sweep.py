@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ from test_plots import assert_chart
 
 import model.attention
 from bench import attention_sweep as sweep
+from bench.attention_cases import HEAD_DIMS, SCENARIOS, cache_bytes
 from kernels import reference
 from model.attention import register_attention
 
 ROOT = Path(sweep.__file__).parents[1]
 FIELDS = (
-    "backend, mode, dtype, B, H, T, D, causal, median_ms, p20_ms, p80_ms, tflops, peak_memory_mb, error, lane, status"
+    "backend, mode, dtype, B, H, T, D, causal, T_k, padding, valid, dropout_p, scenario, checked, "
+    "median_ms, p20_ms, p80_ms, tflops, gb_per_s, peak_memory_mb, error, lane, status"
 )
 CASE = sweep.Case("float32", B=2, H=2, T=33, D=16, causal=True)
 
@@ -194,6 +198,9 @@ def test_what_cannot_serve_a_shape_says_so_in_its_row(registry):
         ("--heads two", "argument --heads: invalid positive whole number value: 'two'"),
         ("--tokens 64 --batch 2", "argument --batch: not allowed with argument --tokens"),
         ("--tokens 64 --seq-lens 32 128", "--tokens 64: a batch has whole sequences, the longest has T = 128"),
+        ("--scenario sideways", "argument --scenario: invalid choice: 'sideways'"),
+        ("--scenario decode --mode backward", "--mode backward: decode has no gradient; forward is required"),
+        ("--scenario decode --tokens 100", "--tokens 100: a batch has whole sequences, the longest has T = 4096"),
         ("--mode sideways", "argument --mode: invalid choice: 'sideways'"),
         ("--out /dev/null/x", "--out /dev/null/x: Not a directory; a directory that can be written is required"),
     ],
@@ -220,6 +227,145 @@ def test_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):
     message = "--device cuda: torch finds no GPU here (torch.cuda.is_available() is False)"
     assert capsys.readouterr().err == f"bench/attention_sweep.py: {message}\n"
     assert not (tmp_path / "out").exists()
+
+
+# Scenarios
+
+
+def test_a_run_of_every_scenario(capsys, tmp_path, monkeypatch):
+    times = {"median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0, "status": "ok"}
+    monkeypatch.setattr(sweep.harness, "measure", lambda makes, *_, **__: dict.fromkeys(makes, times))
+    small = "--device cpu --quick --heads 1 --head-dim 16 --seq-lens 24 --batch 2 --backends eager sdpa"
+    sweep.main([*small.split(), "--scenario", *SCENARIOS, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "attention_sweep.json").read_text())["rows"]
+    assert all(list(row) == FIELDS.split(", ") for row in rows)
+    assert all(row["status"] == "ok" for row in rows)
+    assert [scenario for scenario, _ in groupby(row["scenario"] for row in rows)] == list(SCENARIOS)
+
+    def values(scenario, *names):
+        return sorted({tuple(row[name] for name in names) for row in rows if row["scenario"] == scenario})
+
+    assert values("padding", "padding", "valid") == [(p, s) for p in ("left", "right") for s in (0.25, 0.5, 0.75, 1.0)]
+    assert values("decode", "mode", "T", "T_k") == [("forward", T, 24) for T in (1, 4, 16)]
+    assert values("head-dims", "D", "H") == [(D, 1) for D in HEAD_DIMS]
+    assert values("dropout", "dropout_p", "checked") == [(0.0, "as timed"), (0.1, "without dropout")]
+    for row in rows:
+        nothing = None if row["scenario"] != "decode" else 2 * 2 * 24 * 16 * 4 / 2.0 / 1e6
+        assert row["gb_per_s"] == nothing
+    charts = {"speedup", "throughput", "padding", "dropout", "decode", "head_dims"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"attention_{name}.png" for name in charts}
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend")]
+    assert [("gb_per_s" in line, "valid" in line, "checked" in line) for line in tables] == [
+        (False, False, False),
+        (False, True, False),
+        (False, False, True),
+        (True, False, False),
+        (False, False, False),
+    ]
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_the_oracle_in_chunks_knows_padding_dropout_and_caches(causal, padding, drops):
+    T_k = 33 if padding == "none" else 21
+    case = sweep.Case("float32", 3, 2, 21, 8, causal, T_k=T_k, padding=padding, valid=0.5)
+    inputs, options = case.inputs("cpu"), case.options("cpu")
+    dropout = {"keep": torch.rand(3, 2, 21, T_k) < 0.7, "dropout_p": 0.3} if drops else {}
+    leaves = [x.double().requires_grad_() for x in inputs[:3]]
+    o, _ = reference.attention(*leaves, **options, **dropout)
+    grads = torch.autograd.grad(o, leaves, inputs[3].double())
+    dropout |= {"keep": sweep.two_heads(dropout["keep"])} if drops else {}
+    got = sweep.expected(inputs, torch.float64, **options, **dropout, chunk=8)
+    for name, whole in zip(("o", "dq", "dk", "dv"), (o, *grads)):
+        mode = "forward" if name == "o" else "backward"
+        torch.testing.assert_close(got[mode][name], sweep.two_heads(whole), rtol=0, atol=1e-13)
+
+
+def test_rows_of_a_padded_batch_spread_evenly_around_the_share():
+    case = sweep.Case("float16", 4, 1, 128, 16, True, padding="left", valid=0.75)
+    assert case.lengths() == [72, 88, 104, 120]
+    assert case.valid == 0.75
+    assert case.options("cpu")["kv_start"].tolist() == [56, 40, 24, 8]
+    assert replace(case, padding="right").options("cpu")["kv_end"].tolist() == [72, 88, 104, 120]
+    odd = sweep.Case("float16", 2, 1, 5, 16, True, padding="left", valid=0.3)
+    assert (odd.lengths(), odd.valid) == ([1, 2], 0.3)
+
+
+def test_flops_count_what_was_asked_for():
+    padded = sweep.Case("float16", 2, 3, 128, 16, False, padding="left", valid=0.5)
+    assert sweep.flops("forward", padded) == 4 * 3 * 16 * (32**2 + 96**2)
+    assert sweep.flops("forward", replace(padded, causal=True)) == 2 * 3 * 16 * (32**2 + 96**2)
+    decode = sweep.Case("float16", 2, 3, 16, 64, True, T_k=1024)
+    assert sweep.flops("forward", decode) == 4 * 2 * 3 * 64 * (16 * 1024 - 16**2 / 2)
+    assert sweep.flops("forward", replace(decode, dropout_p=0.1)) == sweep.flops("forward", decode)
+
+
+def test_a_cache_is_read_where_it_lies():
+    case = sweep.Case("float16", 2, 3, 4, 16, True, T_k=40)
+    q, k, v, do = case.inputs("cpu")
+    assert q.shape == do.shape == (2, 3, 4, 16)
+    assert k.shape == v.shape == (2, 3, 40, 16)
+    assert k.is_contiguous()
+    assert cache_bytes(case) == k.nbytes + v.nbytes
+
+
+def test_the_kernel_is_checked_in_every_scenario():
+    """With dropout against the definition that drops the same weights; padded, from a cache, at an odd head dim."""
+    shapes = [
+        replace(CASE, T=17, T_k=17, dropout_p=0.1, scenario="dropout"),
+        replace(CASE, T=17, T_k=17, padding="left", valid=0.5, scenario="padding"),
+        replace(CASE, T=4, T_k=40, scenario="decode"),
+        replace(CASE, T=17, T_k=17, D=40, scenario="head-dims"),
+    ]
+    rows = sweep.lane_rows(shapes, sweep.MODES)
+    assert [(row["scenario"], row["mode"]) for row in rows] == [
+        ("dropout", "forward"),
+        ("dropout", "backward"),
+        ("padding", "forward"),
+        ("padding", "backward"),
+        ("decode", "forward"),
+        ("head-dims", "forward"),
+        ("head-dims", "backward"),
+    ]
+    for row in rows:
+        assert (row["status"], row["checked"]) == ("not timed: no GPU", "as timed")
+        assert 0 < row["error"] < 1e-5
+
+
+def test_the_gate_of_the_kernel_drops_weights(monkeypatch):
+    """A kernel that forgets its dropout differs from its oracle, and gets no time."""
+    keep = torch.rand(2, 2, 33, 33) < 0.5
+    monkeypatch.setattr(sweep, "attention_keep_mask", lambda *_: keep)
+    case, inputs = replace(CASE, dropout_p=0.5), CASE.inputs("cpu")
+    gate = sweep.gates(case, inputs, ["triton", "eager"])["triton"]
+
+    def definition(q, k, v, dropout_seed, **options):
+        return reference.attention(q, k, v, **options, keep=keep)[0]
+
+    def forgetful(q, k, v, dropout_seed, dropout_p, **options):
+        return reference.attention(q, k, v, **options)[0]
+
+    for function, passes in ((definition, True), (forgetful, False)):
+        monkeypatch.setattr(sweep, "flash_attention", function)
+        _, status = sweep.check("forward", "triton", inputs, gate)
+        assert (status == "ok") is passes
+
+
+def test_backends_say_which_scenario_they_cannot_serve(registry):
+    @register_attention("plain", padding=False, dropout=False, unequal_lengths=False)
+    def plain(q, k, v, **options):
+        return model.attention._BACKENDS["sdpa"].forward(q, k, v, **options)
+
+    shapes = [
+        (replace(CASE, padding="left", valid=0.5), "not supported: padding"),
+        (replace(CASE, dropout_p=0.1), "not supported: attention dropout"),
+        (replace(CASE, T_k=40), "not supported: queries and keys of different lengths"),
+        (CASE, "ok"),
+    ]
+    for case, status in shapes:
+        (row,) = sweep.timed_rows(case, ["plain"], ["forward"], torch.device("cpu"), quick=True)
+        assert row["status"] == status
 
 
 @pytest.mark.gpu
