@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import MAX_HEAD_DIM
+from model import attention_optional
 
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -244,3 +245,7 @@ def _sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcas
 def _triton(q, k, v, *, upcast, return_weights, **options):
     """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""
     return flash_attention(q, k, v, **options), None
+
+
+for _name, (_forward, _capabilities) in attention_optional.installed().items():
+    register_attention(_name, **_capabilities)(_forward)
