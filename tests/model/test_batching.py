@@ -67,7 +67,7 @@ class TestGreedy:
         assert_rows_are_as_alone(model, [prompt[:1] * 6 for prompt in PROMPTS])
 
     def test_with_processors_and_no_cache(self, backend, threads):
-        model = spread(GPT2(tiny_config(), attn_implementation=backend), TALKATIVE).eval()
+        model = spread(GPT2(tiny_config(n_layer=1), attn_implementation=backend), TALKATIVE).eval()
         assert_rows_are_as_alone(model, PROMPTS, repetition_penalty=1.3, no_repeat_ngram_size=2, max_new_tokens=8)
         assert_rows_are_as_alone(model, PROMPTS, use_cache=False, max_new_tokens=4)
 
