@@ -32,16 +32,28 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9
 
 @dataclass(frozen=True)
 class MachineCode:
-    """registers per thread; spilled bytes per thread; instructions in all; loop: those of the main loop by class."""
+    """registers per thread; spilled bytes per thread; instructions in all; names of the main loop's, with counts."""
 
     registers: int
     spilled: int
     instructions: int
-    loop: dict
+    loop_names: dict
+
+    @property
+    def loop(self):
+        """The main loop's instructions by class."""
+        classes = Counter()
+        for name, count in self.loop_names.items():
+            classes[class_of(name)] += count
+        return dict(classes)
 
 
 def inspect(cubin, name):
-    """The MachineCode of kernel `name`. Its main loop is the largest one that multiplies matrices, or the largest."""
+    """The MachineCode of kernel `name`.
+
+    Its main loop is the largest one; or, where loops multiply matrices, the smallest of these: the form of attention's
+    loop without a mask, which most tiles go through.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -50,12 +62,13 @@ def inspect(cubin, name):
     registers, stack = re.search(rf"Function {name}:\s*REG:(\d+) STACK:(\d+)", usage).groups()
     names, loops = _loops(listing, name)
     with_mma = [loop for loop in loops if any(class_of(n) == "mma" for n in names[slice(*loop)])]
-    # The last of the innermost loops would be the masked one; the largest is where the time goes.
     innermost = [
         a for a in with_mma or loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in with_mma or loops)
     ]
-    start, end = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    return MachineCode(int(registers), int(stack), len(names), dict(Counter(map(class_of, names[start:end]))))
+    choose = min if with_mma else max
+    start, end = choose(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    stems = Counter(instruction.partition(".")[0] for instruction in names[start:end])
+    return MachineCode(int(registers), int(stack), len(names), dict(stems))
 
 
 def class_of(name):

@@ -1,0 +1,92 @@
+"""What the compiled attention kernels execute and move on an H100: counts by compiler and simulator, not times."""
+
+import pytest
+import torch
+from attention_cases import bounds, inputs
+
+from bench.sass import inspect
+from kernels import flash_attention
+from kernels.configs import attention_config
+from kernels.simulator import simulate
+
+B, H, T, D = 1, 2, 1024, 64
+SHAPE = (B, H, T, T, D)
+TENSOR = B * H * T * D * 2  # bytes of q, k, v, o in bf16
+ROW = B * H * T * 4  # bytes of lse or delta
+KERNELS = {
+    "forward": "_attention_forward_kernel",
+    "dq": "_attention_dq_kernel",
+    "dkdv": "_attention_dkdv_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """{direction: its launch on a simulated H100, and its tile shape there}: causal, bf16, T = 1024, D = 64."""
+    torch.manual_seed(0)
+    q, k, v, do = inputs(SHAPE, torch.bfloat16, "cpu")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    with simulate("sm_90") as gpu:
+        flash_attention(q, k, v).backward(do)
+        configs = {direction: attention_config(direction, q.dtype, D) for direction in KERNELS}
+    return {
+        direction: (next(launch for launch in gpu.launches if launch.kernel == name), configs[direction])
+        for direction, name in KERNELS.items()
+    }
+
+
+# SASS instructions of the unmasked loop per score of a thread (BLOCK_M * BLOCK_N / threads of them), as compiled by
+# Triton 3.7.1. The forward kernel's least: FMNMX, FFMA, MUFU and FADD once each, F2FP and FMUL one half, 5.0 in all.
+@pytest.mark.simulate
+@pytest.mark.parametrize(("direction", "limit"), [("forward", 7.0), ("dq", 7.0), ("dkdv", 9.6)])
+def test_the_unmasked_loop_is_short_and_holds_no_mask(launches, direction, limit):
+    launch, config = launches[direction]
+    code = inspect(launch.cubin, launch.kernel)
+    scores = config.BLOCK_M * config.BLOCK_N / (32 * config.num_warps)
+    assert code.spilled == 0
+    assert "HGMMA" in code.loop_names
+    assert "FSEL" not in code.loop_names
+    assert sum(code.loop_names.values()) / scores <= limit
+
+
+def walked(T, own, other):
+    """Rows that causal tiles of `own` rows walk over on the other side, in tiles of `other`, all heads together."""
+    ends = [min(start + own, T) for start in range(0, T, own)]
+    return B * H * sum(-(-end // other) * other for end in ends)
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize("direction", KERNELS)
+def test_global_bytes_are_what_the_tiles_require(launches, direction):
+    """Each program reads its own rows once and the tiles that it walks over once; nothing is read for being masked."""
+    launch, config = launches[direction]
+    row = D * 2
+    if direction == "dkdv":
+        # A tile of keys sees the queries from its first key on: the same staircase, from the other end.
+        required = 4 * TENSOR + walked(T, config.BLOCK_N, config.BLOCK_M) * (2 * row + 8)
+    else:
+        rows = 2 * TENSOR + ROW if direction == "forward" else 4 * TENSOR + 2 * ROW
+        required = rows + walked(T, config.BLOCK_M, config.BLOCK_N) * 2 * row
+    counters = launch.counters
+    assert counters.global_read + counters.global_written <= 1.05 * required
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize("direction", KERNELS)
+def test_shared_memory_has_no_bank_conflicts(launches, direction):
+    launch, _ = launches[direction]
+    assert launch.counters.bank_conflicts == 0
+
+
+@pytest.mark.simulate
+def test_padded_tiles_are_skipped_not_masked():
+    """Half of the keys padded away: half of the key and value bytes of full attention are read."""
+    q, k, v, _ = inputs((1, 1, 256, 1024, 64), torch.bfloat16, "cpu")
+    read = []
+    for rows in ({}, {"kv_end": [512]}, {"kv_start": [512]}):
+        with simulate("sm_90") as gpu:
+            flash_attention(q, k, v, causal=False, **bounds("cpu", **rows))
+        read.append(gpu.launches[-1].counters.global_read)
+    keys_and_values = read[0] - 256 * 64 * 2
+    for padded in read[1:]:
+        assert padded - 256 * 64 * 2 <= 0.51 * keys_and_values
