@@ -59,18 +59,19 @@ class GlobalMemory:
         for storage, begin in self._storages:
             _host_bytes(storage)[:] = self.bytes[begin : begin + storage.nbytes()]
 
-    def locate(self, team, addresses, size, threads=None):
+    def locate(self, team, addresses, size, threads=None, alignment=None):
         """Byte offsets of the accesses `addresses` (uint64, one per active thread), each checked. Raises KernelError.
 
-        threads: the team's indices of the threads that access, or None where all do.
+        threads: the team's indices of the threads that access, or None where all do. alignment: `size` unless given.
         """
+        alignment = alignment or size
         offsets = (addresses - np.uint64(self.BASE)).view(np.int64)
-        if size > 1:
-            odd = offsets & (size - 1)
-            if odd.any():
+        if alignment > 1:
+            odd = offsets & (alignment - 1)
+            if np.count_nonzero(odd):
                 at = int(np.flatnonzero(odd)[0])
                 raise team.fault(
-                    Misaligned, f"misaligned {size}-byte access to global memory at {self._describe(offsets[at])}",
+                    Misaligned, f"misaligned {alignment}-byte access to global memory at {self._describe(offsets[at])}",
                     at, threads, address=int(addresses[at]), tensor=self._nearest(offsets[at])[0],
                 )  # fmt: skip
         first, last = int(offsets.min()), int(offsets.max()) + size

@@ -69,8 +69,8 @@ class Team:
             return self.batch.coordinates[self.thread_block, i]
         if register in ("laneid", "warpid"):
             return self.lane if register == "laneid" else self.thread_warp
-        constants = {"ntid": (32 * launch.num_warps, 1, 1), "nctaid": launch.grid, "clusterid": None}
-        if constants.get(register) is None:
+        constants = {"ntid": (32 * launch.num_warps, 1, 1), "nctaid": launch.grid}
+        if register not in constants:
             raise self.fault(KernelError, f"special register %{name} is not simulated")
         return np.full(self.size, constants[register][i])
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import Unimplemented
 from ..operands import POISON, reader
 from ..ptx import Immediate
 from .memory_access import active, address_reader, chosen
@@ -33,19 +34,12 @@ class Copy:
         """The same, after thread i has become thread position[i]."""
         return Copy(self.inst, position[self.threads], self.offsets, self.data)
 
-    def land(self, team, finished):
-        """Writes the bytes of the threads in `finished` (bool per thread, None for all)."""
-        if finished is not None and not finished[self.threads].all():
-            here, rest = finished[self.threads], ~finished[self.threads]
-            Copy(self.inst, self.threads[here], self.offsets[here], self.data[here]).land(team, None)
-            self.threads, self.offsets, self.data = self.threads[rest], self.offsets[rest], self.data[rest]
-            return False
-        size = self.data.shape[1]
+    def land(self, team):
+        """The owners have waited: the bytes are written."""
         if len(self.threads):
+            size = self.data.shape[1]
             team.races.end_copy(team, self.inst, self.offsets, size, self.threads)
-            width = min(size, 8)
-            team.shared.store(self.offsets, self.data.view(f"u{width}"), width, size // width)
-        return True
+            team.shared.store(self.offsets, self.data, 1, size)
 
 
 @instruction("cp")
@@ -74,7 +68,6 @@ def _issue(inst, kernel):
         raise unknown(inst)
     valid = reader(inst.operands[3], "u32", kernel) if len(inst.operands) == 4 else lambda team: np.uint32(size)
     guard = guard_of(inst, kernel)
-    width = min(size, 8)
 
     def execute(team):
         threads = active(guard(team))
@@ -82,32 +75,18 @@ def _issue(inst, kernel):
             threads = np.arange(team.size)
         if not len(threads):
             return
-        count = np.broadcast_to(valid(team), team.size)[threads]
         destinations = chosen(to(team), threads)
         offsets = team.shared.locate(team, destinations, size, threads)
         team.counters.shared(team.pattern(destinations, size, threads))
+        count, addresses = np.broadcast_to(valid(team), team.size)[threads], source(team)[threads]
         data = np.zeros((len(threads), size), np.uint8)
-        reads = count > 0
-        if reads.any():
-            # The source may be read up to source_size only; a shorter read stays aligned to the full size.
-            readers = threads[reads]
-            addresses = source(team)[readers]
-            for length in np.unique(count[reads]):
-                some = count[reads] == length
-                begin = team.memory.locate(team, addresses[some], int(length), readers[some])
-                data[np.flatnonzero(reads)[some], :length] = (
-                    team.memory.bytes[begin[:, None] + np.arange(length)]
-                    if length < size
-                    else (team.memory.load(begin, width, size // width).view(np.uint8))
-                )
-                team.counters.read(team, inst, begin, int(length), readers[some])
+        for length in np.unique(count[count > 0]):
+            some = np.flatnonzero(count == length)
+            begin = team.memory.locate(team, addresses[some], int(length), threads[some], alignment=size)
+            data[some, :length] = team.memory.load(begin, 1, size)[:, :length]
+            team.counters.read(team, inst, begin, int(length), threads[some])
         team.races.begin_copy(team, inst, offsets, size, threads)
-        team.shared.store(
-            offsets,
-            np.full((len(threads), size // width), POISON * 0x0101010101010101 & ((1 << 8 * width) - 1), f"u{width}"),
-            width,
-            size // width,
-        )
+        team.shared.store(offsets, np.full((len(threads), size), POISON, np.uint8), 1, size)
         team.open_copies.append(Copy(inst, threads, offsets, data))
 
     return execute
@@ -115,23 +94,27 @@ def _issue(inst, kernel):
 
 def _commit(team):
     """The copies issued since the last commit become the newest group. An empty group counts too."""
-    if team.mask is not None:
-        from ..errors import Unimplemented
-
-        raise Unimplemented("cp.async.commit_group executed by part of a block")
+    _refuse_divergence(team)
     team.copies.append(team.open_copies)
     team.open_copies = []
 
 
 def _wait(team, pending):
     """All but the newest `pending` groups land."""
+    _refuse_divergence(team)
     done = team.copies[: max(len(team.copies) - pending, 0)]
     team.copies = team.copies[len(done) :]
     for group in done:
         for copy in group:
-            copy.land(team, team.mask)
+            copy.land(team)
 
 
 def _wait_all(team):
     _commit(team)
     _wait(team, 0)
+
+
+def _refuse_divergence(team):
+    """Groups are kept per team: threads of one block must commit and wait together."""
+    if team.mask is not None:
+        raise Unimplemented("cp.async groups committed or waited for by part of a block")
