@@ -10,11 +10,12 @@ and with  x_hat = (sum - mean) rstd,  g = weight dy,  both [N]:
 
 (Ba, Kiros and Hinton, 2016.) Rows stay in registers between their statistics and their use, so each tensor crosses
 memory once. Statistics are fp32 and the variance is a second pass over centred values. The mean of the centred values,
-zero but for rounding, is subtracted as well, so that a row of mean 1e4 and spread 1e-2 loses nothing to its mean.
+zero but for rounding, is subtracted and stored as well (mean is a pair: [2, M]), so that a row of mean 1e4 and spread
+1e-2 loses nothing to its mean, forward or backward.
 
-Bytes, least, for M rows of e bytes an element: forward 2 M N e (add: 4 M N e), weight, bias 2 N e, mean, rstd 8 M;
+Bytes, least, for M rows of e bytes an element: forward 2 M N e (add: 4 M N e), weight, bias 2 N e, mean, rstd 12 M;
 backward 3 M N e (4 with a second gradient into sum, one more with dropout), weight, dweight, dbias 3 N e, mean, rstd
-8 M. Above that the kernels read weight and bias once per program, and write and read 2 P N fp32 of partial sums, P at
+12 M. Above that the kernels read weight and bias once per program, and write and read 2 P N fp32 of partial sums, P at
 most rows.PARTIAL_ROWS. FLOPs: about 8 a forward element, 12 a backward one; memory decides.
 """
 
@@ -112,7 +113,8 @@ def _layer_norm_forward_kernel(
         x_hat = (centred[i] - rest[:, None]) * rstd[:, None]
         y = x_hat * weight[i].to(tl.float32) + bias[i].to(tl.float32)
         _store_piece(y_ptr, y, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
-    tl.store(mean_ptr + offs_m, mean + rest, mask=offs_m < M)
+    tl.store(mean_ptr + offs_m, mean, mask=offs_m < M)
+    tl.store(mean_ptr + M + offs_m, rest, mask=offs_m < M)
     tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < M)
 
 
@@ -153,6 +155,7 @@ def _layer_norm_backward_kernel(
     for m in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        rest = tl.load(mean_ptr + M + offs_m, mask=offs_m < M, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
 
         x_hat = ()
@@ -166,7 +169,7 @@ def _layer_norm_backward_kernel(
         for i in tl.static_range(PIECES):
             dy = _load_piece(dy_ptr, offs_m, stride_dy, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
             x = _load_piece(x_ptr, offs_m, stride_x, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-            x_hat += ((x - mean) * rstd,)
+            x_hat += ((x - mean - rest) * rstd,)
             g += (dy * weight[i].to(tl.float32),)  # zero outside [M, N], as dy is
             total_g += g[i]
             total_gx += g[i] * x_hat[i]
@@ -218,8 +221,9 @@ def _weight_gradients_kernel(
         dy = tl.load(dy_ptr + rows * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        rest = tl.load(mean_ptr + M + offs_m, mask=offs_m < M, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        dweight += dy * (x - mean) * rstd
+        dweight += dy * (x - mean - rest) * rstd
         dbias += dy
     _store_partial(partial_ptr, tl.sum(dweight, 0), 0, p, tl.num_programs(1), offs_n, N)
     _store_partial(partial_ptr, tl.sum(dbias, 0), 1, p, tl.num_programs(1), offs_n, N)
@@ -232,11 +236,11 @@ def _dropout_numbers(dropout_p):
 
 
 def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
-    """y [M, N] and sum [M, N] (None without a residual) in x's dtype, mean and rstd [M] fp32."""
+    """y, and sum or None without a residual, [M, N]; mean [2, M] (itself and the rest) and rstd [M], both fp32."""
     M, N = x.shape
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     sum = None if residual is None else torch.empty_like(y)
-    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in ((2, M), (M,)))
     if M:
         config = row_config("forward", N)
         with device_of(x):
@@ -325,8 +329,8 @@ def _forward(x, weight, bias, eps):
 
 
 def _forward_fake(x, weight, bias, eps):
-    statistic = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, x.shape[0]), x.shape[:1]))
+    return x.new_empty(x.shape), mean, rstd
 
 
 def _backward(dy, x, weight, mean, rstd):
