@@ -288,12 +288,16 @@ def _cpu_name():
 
 
 def save(path, environment, rows):
-    """Writes {"environment": ..., "rows": ...} to `path` under a temporary name and renames it. Returns the path."""
+    """Writes {"environment": ..., "rows": ...} to `path`. Returns the path."""
+    return write(path, json.dumps({"environment": environment, "rows": rows}, indent=1, allow_nan=False) + "\n")
+
+
+def write(path, text):
+    """Writes `text` to `path` under a temporary name and renames it. Returns the path."""
     path = Path(path)
-    text = json.dumps({"environment": environment, "rows": rows}, indent=1, allow_nan=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

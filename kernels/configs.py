@@ -2,7 +2,7 @@
 
 Every row runs on its chips: it fits their shared memory and spills no register, which the compile lane asserts at the
 pinned Triton, with one exception that it names. Rows were chosen from compiled code (registers, spills, resident
-blocks), not from times: none of them was measured on hardware yet.
+blocks), not from times, except where a comment above the row names the device on which bench/tune.py measured it.
 """
 
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ _FP32 = {
     ("dq", 4): {64: C(32, 32, 4, 2), 128: C(16, 16, 8, 1), 256: C(16, 16, 8, 1)},
     ("dkdv", 4): {64: C(32, 32, 8, 2), 128: C(16, 32, 8, 1), 256: C(16, 16, 4, 1)},
 }
-# {family: {(direction, bytes per element): {largest padded head dim: config}}}
-_ATTENTION = {
+# {family: {(direction, bytes per element): {largest padded head dim: config}}}; bench/tune.py rewrites single lines.
+ATTENTION = {
     # 163 KB of shared memory and mma.sync (A100).
     "sm_80": {
         ("forward", 2): {64: C(128, 64, 4, 3), 128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)},
@@ -79,7 +79,7 @@ def family(arch):
 
 def attention_config(direction, dtype, head_dim):
     """The tile shape for "forward", "dq" or "dkdv" on the chip that kernels are compiled for now."""
-    rows = _ATTENTION[family(active_arch())][direction, dtype.itemsize]
+    rows = ATTENTION[family(active_arch())][direction, dtype.itemsize]
     return next(config for limit, config in rows.items() if head_dim <= limit)
 
 
