@@ -174,8 +174,8 @@ def tune(trial, direction, *, quick=False, clock=None):
     makes = {c: partial(trial.make, direction, c) for c, row in rows.items() if row["status"] == OK}
     timings = harness.measure(makes, trial.device, quick=True, clock=clock)
     order = sorted((c for c in timings if timings[c]["median_ms"]), key=lambda c: timings[c]["median_ms"])
-    finalists = dict.fromkeys([*order[:FINALISTS], *(c for c in (present,) if c in order)])
-    final = harness.measure({c: makes[c] for c in finalists}, trial.device, quick=quick, clock=clock)
+    finalists = {c: makes[c] for c in order if c in order[:FINALISTS] or c == present}
+    final = harness.measure(finalists, trial.device, quick=quick, clock=clock)
     trial.use(direction, present)
     chosen = choose(present, final)
     shape = {"family": family(active_arch()), "direction": direction, "dtype": trial.dtype, "D": trial.head_dim}
@@ -252,7 +252,7 @@ def parser():
 def complete(args):
     if args.device.type != "cuda":
         raise UsageError(
-            f"--device {args.device.type}: tile shapes are chosen by times, which need a GPU; none is here"
+            f"--device {args.device.type}: tile shapes are chosen by times on a GPU; --device cuda is required"
         )
     reason = refusal("triton", args.device, args.dtype[0], max(args.head_dims))
     if reason is not None:

@@ -304,7 +304,7 @@ def test_each_direction_is_tuned_with_what_was_chosen_before(monkeypatch):
     ("arguments", "message"),
     [
         ("--device cuda", "--device cuda: torch finds no GPU here (torch.cuda.is_available() is False)"),
-        ("", "--device cpu: tile shapes are chosen by times, which need a GPU; none is here"),
+        ("", "--device cpu: tile shapes are chosen by times on a GPU; --device cuda is required"),
         ("--op gelu", "argument --op: invalid choice: 'gelu'"),
     ],
 )
