@@ -17,6 +17,7 @@ from .ptx import TYPES, Vector
 from .races import RaceDetector
 from .team import Team
 
+MOST_TURNS = 1000
 THREADS_PER_BATCH = 8192  # as many as fit a core's second-level cache with their live registers
 
 
@@ -101,6 +102,7 @@ class _Batch:
         self.teams = [Team(self, np.repeat(np.arange(blocks), warps), np.tile(np.arange(warps), blocks))]
         if launch.schedule is not None:
             self.teams = self.teams[0].by_warp()
+        self._turns = 0
         self._meetings = {}  # (instruction, warpgroup, blocks) -> teams that wait there for the rest of the warpgroup
 
     def run(self):
@@ -117,6 +119,13 @@ class _Batch:
                 self._deadlock()
         if self._meetings:
             raise self._stuck(next(iter(self._meetings))[0], "warps wait at a wgmma for the rest of their warpgroup")
+
+    def count_turn(self, team):
+        """A team has used up a turn; a batch that takes too many is waiting for something that will not happen."""
+        self._turns += 1
+        if self._turns > MOST_TURNS:
+            what = "the kernel goes on and on; blocks that wait for blocks of a later batch would never end"
+            raise team.fault(KernelError, what, 0)
 
     @property
     def scheduled(self):

@@ -95,25 +95,37 @@ class Team:
         return not self.paths and not self.parked
 
     def advance(self):
-        """Runs until every path waits or has ended. False if none could move."""
-        moved = False
-        while self._unpark() or self.paths:
+        """Runs until every path waits or has ended, or for a turn if one goes on and on. False if none could move."""
+        moved, self.stretches, self.patient = False, 0, True
+        while (self._unpark() or self.paths) and self.stretches < TURN:
             moved = True
-            self.pc = min(self.paths)
-            self.mask = self.paths.pop(self.pc)
-            try:
-                self._run_path()
-            except KernelError as error:
-                kernel = self.program.kernel
-                raise error.locate(kernel, kernel.instructions[self.pc]) from None
+            self._run(min(self.paths))
+        if self.stretches == TURN:  # the path may be spinning for another path: give each a run before the next turn
+            self.batch.count_turn(self)
+            self.patient = False
+            for pc in [pc for pc in self.paths if pc != self.pc]:
+                if pc in self.paths:
+                    self.stretches = 0
+                    self._run(pc)
         return moved
 
+    def _run(self, pc):
+        self.pc, self.mask = pc, self.paths.pop(pc)
+        try:
+            self._run_path()
+        except KernelError as error:
+            kernel = self.program.kernel
+            raise error.locate(kernel, kernel.instructions[self.pc]) from None
+
     def _run_path(self):
-        """Runs from self.pc until the path ends, waits or forks, or another path is further behind."""
+        """Runs from self.pc until the path ends, waits or forks, or (if patient) another path is further behind."""
         code, stretch_end, executed = self.program.code, self.program.stretch_end, self.counters.executed
         while self.pc < len(code):
             end = stretch_end[self.pc]
-            if self.paths:
+            self.stretches += 1
+            if self.stretches == TURN:
+                return self.go_on(self.pc, self.mask)
+            if self.paths and self.patient:
                 behind = min(self.paths)
                 if behind <= self.pc:
                     return self.go_on(self.pc, self.mask)
@@ -224,4 +236,5 @@ class Team:
         return team
 
 
+TURN = 1024  # straight-line stretches, after which the other teams may run
 STOP = object()  # what a control instruction returns when the path does not simply go on

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kernels.simulator import BarrierDeadlock, KernelError
+from kernels.simulator import BarrierDeadlock, KernelError, machine
 from kernels.simulator.control_flow import live_registers, read, written
 from kernels.simulator.ptx import parse
 from simulator.snippets import launch, module, tensor
@@ -77,6 +77,31 @@ def test_threads_that_leave_early(seed):
 def test_deadlock_says_who_waits_where(seed):
     with pytest.raises(BarrierDeadlock, match=r"32 of 64 threads wait at barrier 0 \(snippet.py:1\)"):
         run("setp.lt.u32 %p1, %r1, 32;\n@%p1 ret;\nbar.sync 0;\nmov.b32 %r5, 1;\n", seed=seed)
+
+
+LOCK = (
+    "ld.param.u64 %rd5, [p1];\n$TRY:\natom.global.acquire.gpu.cas.b32 %r7, [%rd5], 0, 1;\nsetp.ne.u32 %p1, %r7, 0;\n"
+    "@%p1 bra $TRY;\nld.global.b32 %r5, [%rd5+4];\nadd.u32 %r5, %r5, 1;\nst.global.b32 [%rd5+4], %r5;\n"
+    "atom.global.release.gpu.exch.b32 %r7, [%rd5], 0;\n"
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_that_spin_for_a_lock(seed):
+    """One thread per block takes a lock, counts, and lets go: each gets a number of its own."""
+    cells = tensor(np.zeros(2, np.uint32))
+    out = tensor(np.zeros(5 * 32, np.uint32))
+    only_first = "setp.ne.u32 %p2, %r1, 0;\n@%p2 bra $OUT;\n"
+    launch(HEAD + only_first + LOCK + TAIL + "$OUT:\n", [out, cells], blocks=5, seed=seed)
+    assert sorted(out.numpy().view(np.uint32).reshape(5, 32)[:, 0]) == [1, 2, 3, 4, 5]
+    assert cells.numpy().view(np.uint32).tolist() == [0, 5]
+
+
+def test_a_lock_that_no_one_opens_is_an_error(monkeypatch):
+    monkeypatch.setattr(machine, "MOST_TURNS", 3)
+    cells = tensor(np.ones(2, np.uint32))
+    with pytest.raises(KernelError, match="goes on and on"):
+        launch(HEAD + LOCK + TAIL, [tensor(np.zeros(32, np.uint32)), cells])
 
 
 def test_trap_is_a_device_assertion():
