@@ -17,13 +17,12 @@ from .ptx import TYPES, Vector
 from .races import RaceDetector
 from .team import Team
 
-MOST_TURNS = 1000
+MOST_TURNS = 1000  # of a batch's teams, see team.TURN: a million loop iterations
 THREADS_PER_BATCH = 8192  # as many as fit a core's second-level cache with their live registers
 
 
 class Program:
-    """A kernel made ready to run: each instruction decoded once, the straight-line stretches and live registers
-    known."""
+    """A kernel made ready to run: instructions decoded, straight-line stretches and live registers known."""
 
     def __init__(self, kernel, shared_bytes, copies_need_fence=True):
         """copies_need_fence: may wgmma read what cp.async wrote only after fence.proxy.async, as the manual says?"""
@@ -133,12 +132,9 @@ class _Batch:
 
     def arrive(self, team, mask, barrier):
         """Threads reach a barrier. Returns a ticket for `passed`."""
-        warps = team.block if mask is None else team.block[mask.reshape(-1, 32).any(1)]
-        threads = 32 if mask is None else np.count_nonzero(mask.reshape(-1, 32), axis=1)[mask.reshape(-1, 32).any(1)]
-        self.arrived[:, barrier] += np.bincount(warps, np.broadcast_to(threads, warps.shape), len(self.arrived)).astype(
-            int
-        )
-        blocks = np.flatnonzero(np.bincount(warps, minlength=len(self.arrived)))
+        count = np.full(team.warps, 32) if mask is None else np.count_nonzero(mask.reshape(-1, 32), axis=1)
+        self.arrived[:, barrier] += np.bincount(team.block, count, len(self.arrived)).astype(np.int64)
+        blocks = np.unique(team.block[count > 0])
         target = self.generation[blocks, barrier] + 1
         full = blocks[self.arrived[blocks, barrier] >= 32 * self.launch.num_warps]
         if len(full):

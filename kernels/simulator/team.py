@@ -227,7 +227,7 @@ class Team:
         position = np.split(np.argsort(threads), np.cumsum([t.size for t in teams])[:-1])
         team.copies = [
             [copy.moved(position[k]) for k, group in enumerate(groups) for copy in group]
-            for groups in zip(*(t.copies for t in teams))
+            for groups in zip(*(t.copies for t in teams), strict=True)
         ]
         team.open_copies = [copy.moved(position[k]) for k, t in enumerate(teams) for copy in t.open_copies]
         pending = [t.pending_mma and t.pending_mma.moved(position[k]) for k, t in enumerate(teams)]

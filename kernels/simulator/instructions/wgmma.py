@@ -50,7 +50,8 @@ class PendingMma:
         """What several teams have pending, which issued the same instructions."""
         mine = PendingMma()
         mine.groups = [
-            [entry for group in groups for entry in group] for groups in zip(self.groups, *(o.groups for o in others))
+            [entry for group in groups for entry in group]
+            for groups in zip(self.groups, *(o.groups for o in others), strict=True)
         ]
         return mine
 
