@@ -26,37 +26,49 @@ class AttentionConfig:
 
 
 C = AttentionConfig
-# fp32 is multiplied by FMA with its operands in registers, whole rows of them: small tiles. dq at a head dim of 256
-# spills about 200 bytes in every shape that was tried.
+# fp32 is multiplied by FMA with its operands in registers, whole rows of them: the largest tiles that do not spill. dq
+# at a head dim of 256 spills about 200 bytes in every shape that was tried.
 _FP32 = {
-    ("forward", 4): {64: C(64, 32, 8, 2), 128: C(16, 32, 4, 1), 256: C(32, 16, 8, 1)},
+    ("forward", 4): {64: C(32, 32, 4, 2), 128: C(16, 32, 4, 1), 256: C(32, 16, 8, 1)},
     ("dq", 4): {64: C(32, 32, 4, 2), 128: C(16, 16, 8, 1), 256: C(16, 16, 8, 1)},
     ("dkdv", 4): {64: C(32, 32, 8, 2), 128: C(16, 32, 8, 1), 256: C(16, 16, 4, 1)},
 }
 # {family: {(direction, bytes per element): {largest padded head dim: config}}}; bench/tune.py rewrites single lines.
+# The comment of a row gives, per head dim, the SASS instructions of the unmasked loop per score of a thread and the
+# blocks that an SM holds (bf16, causal, Triton 3.7.1), and why no other shape was taken.
 ATTENTION = {
     # 163 KB of shared memory and mma.sync (A100).
     "sm_80": {
+        # 9.5, 16.2, 72.4; 2, 1, 1 blocks. 128 x 128 at D = 64 takes 9.2 but holds one block; 64 rows re-read twice.
         ("forward", 2): {64: C(128, 64, 4, 3), 128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)},
+        # 11.1, 19.9, 38.1; 2, 1, 2 blocks. Larger tiles hold one block or spill: q, do and dq all stay in registers.
         ("dq", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 2)},
+        # 14.6, 25.9, 48.2; 2, 1, 2 blocks. 64 x 128 at D = 64 takes 13.2 but spills without causality.
         ("dkdv", 2): {64: C(64, 64, 4, 3), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 2)},
         **_FP32,
     },
     # 99 KB of shared memory (RTX 30, 40, 50, L4, A10).
     "sm_86": {
-        ("forward", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
+        # 10.6, 23.5, 72.9; 3, 1, 1 blocks. 128 x 64 at D = 64 takes 9.4 but spills where there is padding.
+        ("forward", 2): {64: C(64, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
+        # 10.9, 19.6, 40.2; 2, 1, 1 blocks. What fits beside k and v in 99 KB with two stages, or one at D = 256.
         ("dq", 2): {64: C(64, 64, 4, 2), 128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)},
+        # 13.7, 25.8, 52.2; 2, 1, 1 blocks. As dq; 64 x 128 at D = 64 takes 13.2 but holds one block.
         ("dkdv", 2): {64: C(64, 64, 4, 2), 128: C(64, 64, 8, 2), 256: C(32, 32, 4, 1)},
         **_FP32,
     },
     # 227 KB of shared memory and WGMMA, which wants 64 rows per group of four warps (H100, H200, B200).
     "sm_90": {
+        # 6.9, 10.3, 14.3; 1 block each. At D = 64 128 x 64 holds two blocks but takes 7.6; 64 x 128 takes 7.0 and holds
+        # two, but reads k and v twice as often; 128 x 128 by 4 warps waits after each WGMMA.
         ("forward", 2): {64: C(128, 128, 8, 3), 128: C(128, 64, 8, 3), 256: C(128, 64, 8, 2)},
+        # 6.9, 9.7, 52.2; 2, 2, 1 blocks. 64 x 128 at D = 64 takes 6.6 but re-reads twice as much.
         ("dq", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
+        # 8.7, 24.8, 76.8; 2, 1, 1 blocks. dk and dv fill the registers: larger tiles spill, and at D = 256 WGMMA's do.
         ("dkdv", 2): {64: C(64, 64, 4, 2), 128: C(64, 64, 8, 2), 256: C(32, 32, 8, 2)},
         **_FP32,
     },
-    # 64 KB of LDS, wavefronts of 64 (MI300).
+    # 64 KB of LDS, wavefronts of 64 (MI300): the largest tiles tried that spill no vector register in any dtype.
     "gfx942": {
         ("forward", 2): {64: C(128, 32, 4, 1), 128: C(128, 64, 4, 1), 256: C(64, 32, 4, 1)},
         ("dq", 2): {64: C(64, 32, 4, 1), 128: C(64, 32, 4, 1), 256: C(32, 32, 4, 1)},
@@ -65,6 +77,13 @@ ATTENTION = {
         ("dq", 4): {64: C(32, 32, 4, 1), 128: C(32, 16, 4, 1), 256: C(16, 16, 4, 1)},
         ("dkdv", 4): {64: C(32, 32, 4, 1), 128: C(16, 32, 4, 1), 256: C(16, 16, 4, 1)},
     },
+}
+# Dropout's Philox needs registers too. Where the rows above then spill at head dims up to 64, two bytes, these do not
+# (but for 16 bytes on sm_120 in dkdv, in every shape that was tried).
+ATTENTION_WITH_DROPOUT = {
+    "sm_80": {"forward": C(64, 64, 4, 3), "dkdv": C(32, 64, 4, 2)},
+    "sm_86": {"dq": C(32, 64, 4, 2), "dkdv": C(32, 64, 4, 2)},
+    "sm_90": {"forward": C(64, 64, 4, 3), "dq": C(64, 64, 4, 3)},
 }
 
 
@@ -77,9 +96,12 @@ def family(arch):
     return "sm_80" if arch < 90 else "sm_90"
 
 
-def attention_config(direction, dtype, head_dim):
+def attention_config(direction, dtype, head_dim, dropout=False):
     """The tile shape for "forward", "dq" or "dkdv" on the chip that kernels are compiled for now."""
-    rows = ATTENTION[family(active_arch())][direction, dtype.itemsize]
+    chip = family(active_arch())
+    if dropout and dtype.itemsize == 2 and head_dim <= 64 and direction in ATTENTION_WITH_DROPOUT.get(chip, ()):
+        return ATTENTION_WITH_DROPOUT[chip][direction]
+    rows = ATTENTION[chip][direction, dtype.itemsize]
     return next(config for limit, config in rows.items() if head_dim <= limit)
 
 

@@ -377,7 +377,7 @@ def _launch_attention_backward(
         ("dq", _attention_dq_kernel, T_q, (q, k, v, o, do, dq), (q, k, v, o, do, dq), 2 * T_k * D),
         ("dkdv", _attention_dkdv_kernel, T_k, (q, k, v, do, dk, dv), (q, k, v, do, dk, dv), 2 * T_q * D),
     ):
-        config = attention_config(direction, q.dtype, D)
+        config = attention_config(direction, q.dtype, D, dropout=seed is not None)
         tiles = triton.cdiv(T, config.BLOCK_M if direction == "dq" else config.BLOCK_N)
         with device_of(q):
             kernel[(B * H * tiles,)](

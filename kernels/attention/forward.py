@@ -185,7 +185,7 @@ def _launch_attention_forward(q, k, v, kv_start, kv_end, q_start, seed, scale, c
     lse = torch.empty(B, H, T_q, dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
-    config = attention_config("forward", q.dtype, D)
+    config = attention_config("forward", q.dtype, D, dropout=seed is not None)
     drop_below = round(dropout_p * 65536)
     with device_of(q):
         _attention_forward_kernel[(B * H * triton.cdiv(T_q, config.BLOCK_M),)](

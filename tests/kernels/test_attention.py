@@ -450,3 +450,19 @@ def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
         known = kernel.name == "_attention_dq_kernel" and dtype == F32 and head_dim == 256 and arch != "gfx942"
         assert kernel.spilled <= (208 if known else 0), kernel
         assert kernel.shared <= compiling.SHARED_MEMORY[arch], kernel
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no dropout", "dropout"])
+def test_padding_and_dropout_do_not_spill_at_gpt2s_head_dim(arch, causal, dropout_p):
+    qkv = torch.empty(2, 64, 3 * 2 * 64, dtype=BF16, requires_grad=True)
+    rows = bounds("cpu", kv_start=[0, 0], kv_end=[64, 64])
+    with compiling.compile_only(arch) as kernels:
+        o = flash_attention_packed(qkv, 2, causal=causal, dropout_p=dropout_p, **rows)
+        o.backward(torch.empty_like(o))
+    assert len(kernels) == 3
+    for kernel in kernels:
+        known = arch == "sm_120" and dropout_p and kernel.name == "_attention_dkdv_kernel"
+        assert kernel.spilled <= (16 if known else 0), kernel
