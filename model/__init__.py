@@ -1,4 +1,4 @@
-"""GPT-2, its attention registry, heads and generation."""
+"""GPT-2 under Hugging Face's names: the model, its attention registry, generation."""
 
 from model.attention import attention_backends, register_attention
 from model.config import GPT2Config

@@ -1,5 +1,6 @@
 """The model computes what transformers' GPT-2 computes, and says clearly what it cannot."""
 
+import copy
 import pickle
 
 import pytest
@@ -69,13 +70,36 @@ def test_logits_and_loss_are_transformers_at_gpt2s_dims(backend, gpt2_dims):
     assert_equal_outputs(ours, theirs, ids, mask)
 
 
+@across_lanes(torch.float32, lanes=("interpret", "gpu"))
+def test_logits_and_loss_are_transformers_at_gpt2s_dims_with_our_kernels(lane, dtype, gpt2_dims):
+    ours, theirs = (copy.deepcopy(model).to(lane.device) for model in gpt2_dims)
+    ours.set_attn_implementation("triton")
+    ids, mask = (tensor.to(lane.device) for tensor in padded_batch(50257, [40, 13], 40))
+    assert_equal_outputs(ours, theirs, ids, None)
+    assert_equal_outputs(ours, theirs, ids, mask)
+
+
+# What changes attention, and what lies elsewhere in the model.
+ATTENTION_FIELDS = [
+    {"scale_attn_weights": False},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"reorder_and_upcast_attn": True},
+    {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+]
+
+
+@pytest.mark.parametrize("fields", ATTENTION_FIELDS, ids=lambda fields: "-".join(fields))
+@across_lanes(torch.float32, lanes=("interpret", "gpu"))
+def test_each_option_of_attention_is_honoured_by_our_kernels(lane, dtype, fields):
+    ours, theirs = (model.to(lane.device) for model in pair(tiny_config(**fields), attn="triton"))
+    ids, mask = (tensor.to(lane.device) for tensor in padded_batch(101, [11, 7], 11))
+    assert_equal_outputs(ours, theirs, ids, mask)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        {"scale_attn_weights": False},
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"reorder_and_upcast_attn": True},
-        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        *ATTENTION_FIELDS,
         {"n_inner": 40},
         {"layer_norm_epsilon": 1e-2},
         {"tie_word_embeddings": False},
