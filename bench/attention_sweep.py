@@ -22,12 +22,9 @@ checked without dropout: `checked` says which. `gb_per_s` is, for decode, the ca
 
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
-from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -232,14 +229,8 @@ def lane_rows(cases, modes):
     """Rows of the Triton kernel where there is no GPU: its error from the dtype's lane, and no time."""
     rows = []
     for lane in dict.fromkeys(LANES[case.dtype] for case in cases):
-        # A process of its own, since Triton chooses its interpreter when kernels are imported.
-        interpreted = {"TRITON_INTERPRET": "1" if lane == "interpret" else "0"}
-        with (
-            mock.patch.dict(os.environ, interpreted),
-            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
-        ):
-            mine = [case for case in cases if LANES[case.dtype] == lane]
-            rows += process.submit(rows_in_lane, lane, mine, modes).result()
+        mine = [case for case in cases if LANES[case.dtype] == lane]
+        rows += harness.in_process_of_lane(lane, rows_in_lane, lane, mine, modes)
     return rows
 
 
@@ -267,16 +258,6 @@ def rows_in_lane(lane, cases, modes):
 # The command
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-positive.__name__ = "positive whole number"  # argparse's message names the type
-
-
 def parser():
     result = harness.Parser("bench/attention_sweep.py", __doc__, check=complete)
     result.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["lengths"], help="default: lengths")
@@ -284,18 +265,18 @@ def parser():
     result.add_argument(
         "--dtype", nargs="+", choices=harness.DTYPES, help="default: float16 on a GPU, float32 on a CPU"
     )
-    result.add_argument("--heads", type=positive, default=12, metavar="H", help="default: 12")
-    result.add_argument("--head-dim", type=positive, default=64, metavar="D", help="default: 64")
+    result.add_argument("--heads", type=harness.positive, default=12, metavar="H", help="default: 12")
+    result.add_argument("--head-dim", type=harness.positive, default=64, metavar="D", help="default: 64")
     result.add_argument(
         "--seq-lens",
-        type=positive,
+        type=harness.positive,
         nargs="+",
         metavar="T",
         help="for decode, of the cache; default: 128 to 16384, on a CPU to 1024, other scenarios fewer",
     )
     batch = result.add_mutually_exclusive_group()
-    batch.add_argument("--tokens", type=positive, metavar="N", help="B = N // T; default: 16384, on a CPU 1024")
-    batch.add_argument("--batch", type=positive, metavar="B", help="the same B for each T, instead of --tokens")
+    batch.add_argument("--tokens", type=harness.positive, metavar="N", help="B = N // T; default: 16384, on a CPU 1024")
+    batch.add_argument("--batch", type=harness.positive, metavar="B", help="the same B for each T, instead of --tokens")
     result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     result.add_argument("--full", action="store_true", help="attention to all keys; default: causal")
     return result

@@ -24,8 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
+from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -89,6 +92,27 @@ def resolve_device(name):
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UsageError("TRITON_INTERPRET is set: kernels would be interpreted, and the interpreter is never timed")
     return torch.device("cuda")
+
+
+def positive(text):
+    """An argument's type: a whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+positive.__name__ = "positive whole number"  # argparse's message names the type
+
+
+def in_process_of_lane(lane, function, *arguments):
+    """function(*arguments) in a process where kernels run in that lane: "interpret", or another.
+
+    It is a process of its own, since Triton chooses its interpreter when kernels are imported.
+    """
+    interpreted = {"TRITON_INTERPRET": "1" if lane == "interpret" else "0"}
+    with mock.patch.dict(os.environ, interpreted), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def output_directory(path):

@@ -227,16 +227,6 @@ def _percent(first, second, field):
     return f"{100 * (first[field] / second[field] - 1):.1f}"
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-positive.__name__ = "positive whole number"  # argparse's message names the type
-
-
 def parser():
     result = harness.Parser("bench/model_sweep.py", __doc__, check=complete)
     known = (*attention_backends(), *THEIRS)
@@ -244,8 +234,12 @@ def parser():
     result.add_argument("--size", choices=PRESETS, help="default: gpt2-large on a GPU, as on the page; else distilgpt2")
     result.add_argument("--dtype", choices=harness.DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    result.add_argument("--batch", type=positive, nargs="+", metavar="B", help="default: the page's; fewer on a CPU")
-    result.add_argument("--seq-lens", type=positive, nargs="+", metavar="T", help="default: the page's; fewer on a CPU")
+    result.add_argument(
+        "--batch", type=harness.positive, nargs="+", metavar="B", help="default: the page's; fewer on a CPU"
+    )
+    result.add_argument(
+        "--seq-lens", type=harness.positive, nargs="+", metavar="T", help="default: the page's; fewer on a CPU"
+    )
     return result
 
 

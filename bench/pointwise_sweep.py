@@ -16,15 +16,11 @@ allocates above its inputs, for backward with its forward pass.
 """
 
 import importlib.util
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -245,14 +241,8 @@ def lane_rows(cases, modes):
     """Rows of ours where there is no GPU: its error from the dtype's lane, and no time."""
     rows = []
     for lane in dict.fromkeys(LANES[case.dtype] for case in cases):
-        # A process of its own, since Triton chooses its interpreter when kernels are imported.
-        interpreted = {"TRITON_INTERPRET": "1" if lane == "interpret" else "0"}
-        with (
-            mock.patch.dict(os.environ, interpreted),
-            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
-        ):
-            mine = [case for case in cases if LANES[case.dtype] == lane]
-            rows += process.submit(rows_in_lane, lane, mine, modes).result()
+        mine = [case for case in cases if LANES[case.dtype] == lane]
+        rows += harness.in_process_of_lane(lane, rows_in_lane, lane, mine, modes)
     return rows
 
 

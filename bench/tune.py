@@ -29,7 +29,7 @@ from triton.runtime import driver
 
 from bench import harness
 from bench.attention_cases import Case
-from bench.attention_sweep import check, gates, make_call, positive, refusal
+from bench.attention_sweep import check, gates, make_call, refusal
 from bench.harness import OK, UsageError
 from kernels import configs
 from kernels.configs import ATTENTION, AttentionConfig, attention_config, family
@@ -244,7 +244,7 @@ def parser():
     result.add_argument("--op", choices=("attention",), default="attention", help="default: attention")
     result.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["bfloat16"], help="default: bfloat16")
     result.add_argument("--head-dims", nargs="+", type=int, choices=(64, 128, 256), default=[64, 128, 256], metavar="D")
-    result.add_argument("--seq-len", type=positive, default=2048, metavar="T", help="default: 2048")
+    result.add_argument("--seq-len", type=harness.positive, default=2048, metavar="T", help="default: 2048")
     result.add_argument("--dry-run", action="store_true", help="print the rows, leave kernels/configs.py alone")
     return result
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.tiles import _keep, _load_rows, _locate, _row_bounds, _store_rows, _visible
+from kernels.attention.tiles import _keep, _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
 from kernels.library import LOG2E, device_of, dot_precision
 
@@ -139,14 +139,7 @@ def _attention_dq_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # Keys [0, full) are seen by every query of the tile, keys from `seen` on by none.
-    full = num_keys
-    seen = num_keys
-    if IS_CAUSAL:
-        full = tl.minimum(num_keys, diagonal + tile * BLOCK_M + 1)
-        seen = tl.minimum(num_keys, diagonal + tile * BLOCK_M + BLOCK_M)
-    full = tl.maximum(full, 0) // BLOCK_N * BLOCK_N
-
+    full, seen = _key_tiles(tile * BLOCK_M, num_keys, diagonal, BLOCK_M, BLOCK_N, IS_CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for masked in tl.static_range(2):
         dq = _accumulate_dq(

@@ -43,6 +43,17 @@ def _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k):
 
 
 @triton.jit
+def _key_tiles(m, num_keys, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """full, seen: queries [m, m + BLOCK_M) all see the keys [0, full), whole tiles; none sees the keys from seen on."""
+    full = num_keys
+    seen = num_keys
+    if IS_CAUSAL:
+        full = tl.minimum(num_keys, diagonal + m + 1)
+        seen = tl.minimum(num_keys, diagonal + m + BLOCK_M)
+    return tl.maximum(full, 0) // BLOCK_N * BLOCK_N, seen
+
+
+@triton.jit
 def _load_rows(ptr, offs, stride, lo, hi, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """Rows `offs` of one head, [len(offs), BLOCK_D]; zero beyond HEAD_DIM and, if MASKED, outside [lo, hi)."""
     offs_d = tl.arange(0, BLOCK_D)
