@@ -127,5 +127,10 @@ def _unindented(paragraph):
 
 
 def _is_prose(paragraph):
-    """Whether a paragraph is long, and mostly lower-case letters and spaces: no tables, no code, no signatures."""
+    """Whether a paragraph is long, and mostly lower-case letters and spaces: no tables, no code, no signatures.
+
+    One that spells a special token is left out: Hugging Face's tokenizers read the token there, tiktoken its letters.
+    """
+    if "<|endoftext|>" in paragraph:
+        return False
     return len(paragraph) >= 120 and sum(map(paragraph.count, " etaoinsrhldcumfpgwybvk")) >= 0.86 * len(paragraph)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import tokenizer_sweep
-from bench.texts import TEXTS
+from bench.texts import TEXTS, _is_prose
 from bench.tokenizer_sweep import cut, main, rows_of
 
 
@@ -32,6 +32,13 @@ def test_ratios_compare_like_with_like():
     assert [row["x_tiktoken"] for row in rows] == [2.0, 1.0, 1.0]
     assert [row["mb_per_s"] for row in rows] == [10.0, 5.0, 2.5]
     assert [row["status"] for row in rows] == ["failed: other ids than tiktoken's", "ok", "ok"]
+
+
+def test_prose_spells_no_special_token():
+    """Hugging Face's tokenizers would encode the token itself, and the peers would not do the same work."""
+    prose = "some words that are long enough to count as a paragraph of prose, " * 3
+    assert _is_prose(prose)
+    assert not _is_prose(prose + "`<|endoftext|>`")
 
 
 @pytest.mark.parametrize("name", TEXTS)
