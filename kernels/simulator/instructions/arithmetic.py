@@ -11,6 +11,8 @@ from ..ptx import TYPES
 from .registry import Formula, elementwise, unknown
 
 _FLOATS = {"f16", "bf16", "f32", "f64"}
+_ROUNDED = {"rn", "ftz", "sat"}  # to nearest even is the only rounding that is computed
+_HALVES = {"lo", "hi", "wide"}
 
 
 def _uniform(inst, compute, count):
@@ -55,12 +57,12 @@ def _packed(kind, compute):
     return lanes
 
 
-@elementwise("add")
+@elementwise("add", modifiers=_ROUNDED)
 def add(inst):
     return _uniform(inst, np.add, 2)
 
 
-@elementwise("sub")
+@elementwise("sub", modifiers=_ROUNDED)
 def sub(inst):
     return _uniform(inst, np.subtract, 2)
 
@@ -87,7 +89,7 @@ def _high(kind):
     return high_u64 if kind == "u64" else high_s64
 
 
-@elementwise("mul")
+@elementwise("mul", modifiers=_ROUNDED | _HALVES)
 def mul(inst):
     kind = inst.type
     if inst.has("wide"):
@@ -98,7 +100,7 @@ def mul(inst):
     return _uniform(inst, np.multiply, 2)
 
 
-@elementwise("mad")
+@elementwise("mad", modifiers=_ROUNDED | _HALVES)
 def mad(inst):
     kind = inst.type
     if kind in _FLOATS:
@@ -132,7 +134,7 @@ def _fma_bf16(a, b, c):
     return np.where(lost, toward_zero | 1, near.view(np.int32)).view(np.float32)
 
 
-@elementwise("fma")
+@elementwise("fma", modifiers=_ROUNDED | {"relu"})
 def fma(inst):
     kind = inst.type
     if kind == "f64":
@@ -159,12 +161,12 @@ def _divide_integers(a, b):
     return np.where(b == 0, a.dtype.type(-1) if a.dtype.kind == "i" else ~a.dtype.type(0), quotient)
 
 
-@elementwise("div")
+@elementwise("div", modifiers=_ROUNDED | {"approx", "full"})
 def div(inst):
     return _uniform(inst, np.divide if inst.type in _FLOATS else _divide_integers, 2)
 
 
-@elementwise("rem")
+@elementwise("rem", modifiers=set())
 def rem(inst):
     return _uniform(inst, lambda a, b: a - _divide_integers(a, b) * b, 2)
 
@@ -180,12 +182,12 @@ def _extremum(inst, quiet, propagating):
     return _uniform(inst, lambda a, b: keep(pick(a, b)), 2)
 
 
-@elementwise("min")
+@elementwise("min", modifiers={"ftz", "NaN", "relu"})
 def minimum(inst):
     return _extremum(inst, np.fmin, np.minimum)
 
 
-@elementwise("max")
+@elementwise("max", modifiers={"ftz", "NaN", "relu"})
 def maximum(inst):
     return _extremum(inst, np.fmax, np.maximum)
 
@@ -206,14 +208,14 @@ def _sign_bits(inst, on_sign):
     return Formula(lambda a: on_sign(a, mask), raw, (raw,))
 
 
-@elementwise("neg")
+@elementwise("neg", modifiers={"ftz"})
 def neg(inst):
     if inst.type[0] == "s":
         return _uniform(inst, np.negative, 1)
     return _sign_bits(inst, lambda a, mask: a ^ mask)
 
 
-@elementwise("abs")
+@elementwise("abs", modifiers={"ftz"})
 def absolute(inst):
     if inst.type[0] == "s":
         return _uniform(inst, np.abs, 1)

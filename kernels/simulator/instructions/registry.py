@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ..errors import Unimplemented
 from ..operands import reader, writer
+from ..ptx import TYPES
 
 _ROOMS = {}
 
@@ -42,11 +43,19 @@ def instruction(*opcodes):
     return register
 
 
-def elementwise(*opcodes):
-    """Registers a function (Instruction) -> Formula for these opcodes."""
+def elementwise(*opcodes, modifiers=None):
+    """Registers a function (Instruction) -> Formula for these opcodes.
+
+    modifiers: those besides types that the function knows; an instruction with another is unknown. None: any.
+    """
 
     def register(describe):
-        instruction(*opcodes)(lambda inst, kernel: _apply(describe(inst), inst, kernel))
+        def decoder(inst, kernel):
+            if modifiers is not None and not modifiers.issuperset(m for m in inst.modifiers if m not in TYPES):
+                raise unknown(inst)
+            return _apply(describe(inst), inst, kernel)
+
+        instruction(*opcodes)(decoder)
         return describe
 
     return register
