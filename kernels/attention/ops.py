@@ -12,6 +12,7 @@ from kernels.attention.decode import MAX_QUERIES, _launch_attention_decode
 from kernels.attention.forward import _launch_attention_forward
 from kernels.checks import (
     check_device,
+    check_dropout,
     check_dtype,
     check_last_stride,
     check_row_vector,
@@ -164,21 +165,9 @@ def _resolve(function, tensor, B, D, scale, causal, dropout_p, dropout_seed, kv_
     scale = D**-0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"{function}: scale is {scale}; it must be positive")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{function}: dropout_p is {dropout_p}; it must be in [0, 1)")
     for bound, name in ((kv_start, "kv_start"), (kv_end, "kv_end"), (q_start, "q_start")):
         check_row_vector(function, bound, name, B, tensor.device)
-    if dropout_p == 0.0:
-        seed = None
-    elif dropout_seed is None:
-        seed = torch.randint(2**31, (1,), dtype=torch.int64, device=tensor.device)
-    else:
-        seed = dropout_seed
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != tensor.device:
-            raise ValueError(
-                f"{function}: dropout_seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; "
-                f"it must be torch.int64 (1,) on {tensor.device}"
-            )
+    seed = check_dropout(function, tensor, dropout_p, dropout_seed)
     return kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p)
 
 
