@@ -1,4 +1,4 @@
-"""Beam search, with Hugging Face's rules for what ends it."""
+"""Beam search and beam sampling, with Hugging Face's rules for what ends it."""
 
 import torch
 
@@ -26,12 +26,27 @@ class _Finished:
         self.lengths = torch.cat((self.lengths, lengths), 1).gather(1, kept)
 
 
-def beam_search(logits, step, reorder, ids, *, settings, max_length, eos, processors, stops, fill):
+def _sample(total, count, generators):
+    """Draws `count` entries of each row of log-probabilities [B, M] without replacement: indices [B, count], in order.
+
+    The largest sums with Gumbel noise are such draws (Kool et al. 2019, "Stochastic Beams and Where to Find Them").
+    The noise of a row is its own generator's, drawn on the CPU: the same for each device and any neighbours.
+    """
+    waits = [torch.empty(total.shape[1], dtype=torch.float64).exponential_(generator=g) for g in generators]
+    return (total - torch.stack(waits).log().to(total.device)).topk(count).indices
+
+
+def beam_search(
+    logits, step, reorder, ids, *, settings, max_length, eos, processors, warpers=(), generators=None, stops, fill
+):
     """The best sequences of each of B equally long prompts.
 
     logits [B, V]: of the prompts' last position. step(tokens [B * N, 1]) -> logits [B * N, V]; reorder(rows) lets the
     model's row r continue what row rows[r] was. ids [B, L]. Returns (sequences [B * R, at most max_length] filled with
     `fill`, scores [B * R]): log-probability divided by the length generated to the power of length_penalty.
+
+    generators: one for each prompt. With them the candidates of a step are drawn instead of being the best, by their
+    log-probabilities after the warpers; these are also what is summed to the score.
     """
     B, L = ids.shape
     N, R, V = settings.num_beams, settings.num_return_sequences, logits.shape[-1]
@@ -51,8 +66,11 @@ def beam_search(logits, step, reorder, ids, *, settings, max_length, eos, proces
         scores = logits.log_softmax(-1)
         for process in processors:
             scores = process(flat, scores)
+        for warp in warpers:
+            scores = warp(scores)
         total = (scores.view(B, N, V) + running_scores[:, :, None]).flatten(1)  # [B, N * V]
-        top_scores, top = total.topk(candidates)  # [B, candidates]
+        top = _sample(total, candidates, generators) if generators else total.topk(candidates).indices
+        top_scores = total.gather(1, top)  # [B, candidates]
         beam, token = top // V, top % V
         extended = running.gather(1, beam[:, :, None].expand(-1, -1, max_length))  # [B, candidates, max_length]
         extended[:, :, length] = token

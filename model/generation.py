@@ -52,7 +52,9 @@ class GenerationMixin:
         bad_words_ids, num_beams, num_return_sequences, length_penalty, early_stopping, use_cache, with Hugging Face's
         meaning and defaults;
         sliding_window: past n_positions, drop the older half of a row's tokens instead of refusing;
-        prompt_lookup_num_tokens: draft so many tokens from earlier repetitions; greedy, one row, the same tokens.
+        num_beams > 1 with do_sample: beam sampling; the candidates of each step are drawn.
+        prompt_lookup_num_tokens: draft so many tokens from earlier repetitions; greedy, the same tokens. Several rows
+        are continued one after the other.
         eos_token_id: one or several, by default the config's; [] for none.
         seed: one (row r gets seed + r), or one per row: a row's sample then depends on nothing else in the batch.
         stopping_criteria: functions (ids [R, L], scores) -> bool [R]; logits_processor: (ids, scores) -> scores; both
@@ -78,7 +80,7 @@ class GenerationMixin:
         run.fill = pad if pad is not None else eos[0] if eos else 0
         run.output_scores = output_scores
         if settings.num_beams > 1:
-            output = run.beams()
+            output = run.beams(seed)
         elif settings.prompt_lookup_num_tokens:
             output = run.lookup()
         else:
@@ -222,42 +224,50 @@ class Decoding:
             self.cache.lengths[r] = row.lengths[0]  # 0 where the row has ended and only fills its column
         return self._run(list(ids[:, end - 1 : end]), self.cache)
 
-    def beams(self):
-        """Beam search; prompts of different lengths one after the other, as each would go alone."""
+    def beams(self, seed):
+        """Beam search or sampling; prompts of different lengths one after the other, as each would go alone."""
+        settings, generators, warpers = self.settings, [None] * len(self.prompts), []
+        if settings.do_sample:
+            generators = [torch.Generator().manual_seed(s) for s in row_seeds(seed, len(self.prompts), 1)]
+            warpers = build_warpers(settings, at_least=max(2, 1 + len(self.eos)))  # so that one of them does not end
         if len(set(map(len, self.prompts))) == 1:
-            groups = [(self.prompts, self.budgets[0])]
+            groups = [(self.prompts, self.budgets[0], generators)]
         else:
-            groups = [([prompt], budget) for prompt, budget in zip(self.prompts, self.budgets)]
+            groups = [([p], budget, [g]) for p, budget, g in zip(self.prompts, self.budgets, generators)]
         found, scores = [], []
-        for prompts, budget in groups:
+        for prompts, budget, own in groups:
             L = len(prompts[0])
             sequences, values = beam_search(
                 self.prefill(prompts).float(),
                 lambda tokens: self._run(list(tokens), self.cache).float(),
                 lambda rows: self.cache.reorder(rows),
                 torch.stack(prompts),
-                settings=self.settings,
+                settings=settings,
                 max_length=L + budget,
                 eos=self.eos,
-                processors=build_processors(self.settings, L, self.eos, self.extra),
+                processors=build_processors(settings, L, self.eos, self.extra),
+                warpers=warpers,
+                generators=own if settings.do_sample else None,
                 stops=self.stops,
                 fill=self.fill,
             )
             found.extend((L, row) for row in sequences)
             scores.append(values)
-        width, new = max(L for L, _ in found), max(len(row) - L for L, row in found)
-        ids = torch.full((len(found), width + new), self.fill, device=found[0][1].device)
-        for out, (L, row) in zip(ids, found):
-            out[width - L : width - L + len(row)] = row
-        return GenerateOutput(sequences=ids, sequences_scores=torch.cat(scores), forward_passes=self.forward_passes)
+        sequences = self._aligned(found)
+        return GenerateOutput(sequences, sequences_scores=torch.cat(scores), forward_passes=self.forward_passes)
 
     def lookup(self):
-        """Greedy decoding of one row with drafts from its own text."""
-        if len(self.prompts) > 1 or self.settings.do_sample or self.settings.sliding_window or self.output_scores:
+        """Greedy decoding with drafts from each row's own text, one row after the other."""
+        if self.settings.do_sample or self.settings.sliding_window or self.output_scores:
             raise ValueError(
-                "generate: prompt_lookup_num_tokens is for one row, greedy, without sliding_window and output_scores"
+                "generate: prompt_lookup_num_tokens is for greedy decoding, without sliding_window and output_scores"
             )
-        prompt, budget = self.prompts[0], self.budgets[0]
+        found = [(len(prompt), self._lookup_row(prompt, budget)) for prompt, budget in zip(self.prompts, self.budgets)]
+        cache = self.cache if len(found) == 1 else None  # each row had its own
+        return GenerateOutput(self._aligned(found), past_key_values=cache, forward_passes=self.forward_passes)
+
+    def _lookup_row(self, prompt, budget):
+        """The prompt [L] and its continuation."""
         logits = self.prefill([prompt])
         self._stream(prompt)
         said = decode_with_lookup(
@@ -271,8 +281,15 @@ class Decoding:
             stops=self.stops,
             emit=self._stream,
         )
-        sequences = torch.cat((prompt, said))[None]
-        return GenerateOutput(sequences=sequences, past_key_values=self.cache, forward_passes=self.forward_passes)
+        return torch.cat((prompt, said))
+
+    def _aligned(self, found):
+        """Rows of (the prompt's length, ids) as one tensor [R, L] in which new tokens start in one column."""
+        width, new = max(L for L, _ in found), max(len(row) - L for L, row in found)
+        ids = torch.full((len(found), width + new), self.fill, device=found[0][1].device)
+        for out, (L, row) in zip(ids, found):
+            out[width - L : width - L + len(row)] = row
+        return ids
 
     def _run(self, rows, cache, every_position=False):
         """Feeds each row its new ids: logits [R, V] of the last of them, or [R, T, V] of all."""

@@ -66,29 +66,32 @@ def temperature(value):
     return lambda scores: scores / value
 
 
-def top_k(k):
-    """Keeps the k best scores, and those equal to the last of them."""
+def top_k(k, at_least=1):
+    """Keeps the k best scores, `at_least` so many, and those equal to the last of them."""
+    k = max(k, at_least)
     return lambda scores: scores.masked_fill(scores < scores.topk(min(k, scores.shape[-1])).values[:, -1:], NEVER)
 
 
-def top_p(p):
-    """Keeps the fewest tokens whose probability reaches p. Holtzman et al. 2019."""
+def top_p(p, at_least=1):
+    """Keeps the fewest tokens, `at_least` so many, whose probability reaches p. Holtzman et al. 2019."""
 
     def process(scores):
         ascending, order = scores.sort()
         beyond = ascending.softmax(-1).cumsum(-1) <= 1 - p
-        beyond[:, -1] = False
+        beyond[:, -at_least:] = False
         return scores.masked_fill(beyond.scatter(1, order, beyond), NEVER)
 
     return process
 
 
-def min_p(p):
-    """Keeps the tokens with at least p times the probability of the likeliest."""
+def min_p(p, at_least=1):
+    """Keeps the tokens with at least p times the probability of the likeliest, and the `at_least` likeliest."""
 
     def process(scores):
         probabilities = scores.softmax(-1)
-        return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), NEVER)
+        unlikely = probabilities < p * probabilities.amax(-1, keepdim=True)
+        unlikely.scatter_(1, scores.topk(min(at_least, scores.shape[-1])).indices, False)
+        return scores.masked_fill(unlikely, NEVER)
 
     return process
 
@@ -108,17 +111,20 @@ def build_processors(settings, prompt_length, eos, extra=()):
     return [*processors, *extra]
 
 
-def build_warpers(settings):
-    """What shapes the distribution that a token is drawn from: scores [R, V] to scores, in Hugging Face's order."""
+def build_warpers(settings, at_least=1):
+    """What shapes the distribution that a token is drawn from: scores [R, V] to scores, in Hugging Face's order.
+
+    They leave `at_least` so many tokens in it.
+    """
     warpers = []
     if settings.temperature != 1.0:
         warpers.append(temperature(settings.temperature))
     if settings.top_k:
-        warpers.append(top_k(settings.top_k))
+        warpers.append(top_k(settings.top_k, at_least))
     if settings.top_p < 1.0:
-        warpers.append(top_p(settings.top_p))
+        warpers.append(top_p(settings.top_p, at_least))
     if settings.min_p is not None:
-        warpers.append(min_p(settings.min_p))
+        warpers.append(min_p(settings.min_p, at_least))
     return warpers
 
 

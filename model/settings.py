@@ -41,12 +41,11 @@ class Settings:
         ):
             if not is_right:
                 raise ValueError(f"generate: {name} is {getattr(self, name)!r}; it must be {required}")
-        if self.num_beams > 1 and self.do_sample:
-            raise ValueError("generate: num_beams > 1 with do_sample=True is not supported; choose one of them")
-        if self.num_return_sequences > 1 and not self.do_sample and self.num_return_sequences > self.num_beams:
+        draws_rows = self.do_sample and self.num_beams == 1
+        if self.num_return_sequences > self.num_beams and not draws_rows:
             raise ValueError(
-                f"generate: num_return_sequences is {self.num_return_sequences} and num_beams {self.num_beams}; greedy "
-                "decoding has one sequence for each beam"
+                f"generate: num_return_sequences is {self.num_return_sequences} and num_beams {self.num_beams}; there "
+                "is one sequence for each beam, and more of them only by sampling with num_beams=1"
             )
 
     def new_tokens(self, prompt_length, n_positions):

@@ -108,6 +108,76 @@ def options_first_eos(options):
     return eos[0] if isinstance(eos, list) else eos
 
 
+DRAWN_BEAMS = {"do_sample": True, "num_beams": 3, "max_new_tokens": 12, "temperature": 1.3, "eos_token_id": [17]}
+
+
+class TestBeamSampling:
+    """num_beams > 1 with do_sample: each step's candidates are drawn without replacement."""
+
+    def test_the_first_tokens_follow_the_exact_distribution(self, models):
+        """Pairs of beams against their probabilities p_a p_b / (1 - p_a) + p_b p_a / (1 - p_b): chi-square."""
+        ours, _ = models
+        n, k = 5000, 5
+        with torch.no_grad():
+            kept = (ours(PROMPT[:1]).logits[0, -1] / 0.4).topk(k)
+        p = kept.values.softmax(-1)
+        options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 1, "top_k": k, "temperature": 0.4}
+        out = ours.generate(PROMPT[:1].expand(n, -1), do_sample=True, seed=0, eos_token_id=[], **options)
+        ranks = (out[:, -1, None] == kept.indices).nonzero()[:, 1].view(n, 2).sort(1).values
+        counts = torch.bincount(ranks[:, 0] * k + ranks[:, 1], minlength=k * k).view(k, k)
+        a, b = torch.triu_indices(k, k, 1)
+        expected = n * p[a] * p[b] * (1 / (1 - p[a]) + 1 / (1 - p[b]))
+        assert expected.sum().item() == pytest.approx(n)
+        assert expected.min() > 5
+        assert ((counts[a, b] - expected) ** 2 / expected).sum() < 45.1  # the 1 - 1e-6 quantile, 9 degrees of freedom
+
+    @pytest.mark.parametrize("eos", [[17], [17, 3, 50]], ids=["one-eos", "many-eos"])
+    def test_texts_are_distributed_as_transformers(self, eos, models):
+        """4,000 texts of three tokens from each: the two-sample chi-square, at one in a million."""
+        ours, theirs = models
+        n = 4000
+        options = {"num_beams": 2, "max_new_tokens": 3, "top_k": 5, "temperature": 0.8, "repetition_penalty": 1.3}
+        options |= {"do_sample": True, "eos_token_id": eos, "length_penalty": 0.5, "pad_token_id": 100}
+        ids = PROMPT[:1].expand(n, -1)
+        torch.manual_seed(0)
+        texts = torch.cat([ours.generate(ids, seed=0, **options), theirs_say(theirs, ids, **options)])
+        distinct, which = texts.unique(dim=0, return_inverse=True)
+        a, b = (torch.bincount(half, minlength=len(distinct)).double() for half in which.split(n))
+        common = a + b >= 20
+        assert common.sum() > 5  # several texts to compare by
+        a, b = (torch.cat((x[common], x[~common].sum()[None])) for x in (a, b))  # the rare ones as one
+        freedom = torch.tensor(len(a) - 1.0)
+        quantile = freedom * (1 - 2 / (9 * freedom) + 4.753 * (2 / (9 * freedom)).sqrt()) ** 3  # Wilson and Hilferty
+        assert ((a - b) ** 2 / (a + b).clamp(min=1)).sum() < quantile
+
+    def test_a_rows_beams_depend_on_its_seed_alone(self, models):
+        ours, _ = models
+        together = ours.generate(PROMPT, seed=[3, 8], **DRAWN_BEAMS)
+        assert torch.equal(ours.generate(PROMPT, seed=[3, 8], **DRAWN_BEAMS), together)
+        assert torch.equal(ours.generate(PROMPT.flip(0), seed=[8, 3], **DRAWN_BEAMS), together.flip(0))
+        for row, seed in ((0, 3), (1, 8)):
+            alone = ours.generate(PROMPT[row : row + 1], seed=seed, **DRAWN_BEAMS)
+            assert torch.equal(alone[0], together[row, : alone.shape[1]])
+        assert not torch.equal(ours.generate(PROMPT, seed=[4, 9], **DRAWN_BEAMS), together)
+        ragged = ours.generate([PROMPT[0], PROMPT[1, :3]], seed=[3, 8], **DRAWN_BEAMS)
+        assert torch.equal(ragged[0, : together.shape[1]], together[0, : ragged.shape[1]])
+
+    def test_cold_it_is_beam_search(self, models):
+        ours, _ = models
+        options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 14, "eos_token_id": [17, 3, 50]}
+        cold = ours.generate(PROMPT, do_sample=True, temperature=1e-6, top_k=0, **options)
+        assert torch.equal(cold, ours.generate(PROMPT, **options))
+
+    @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6, "top_k": 0}, {"min_p": 1.0, "top_k": 0}])
+    def test_two_tokens_stay_so_that_one_need_not_end(self, options, models):
+        ours, theirs = models
+        options = {"do_sample": True, "num_beams": 2, "max_new_tokens": 1, "output_scores": True, **options}
+        scores = theirs_say(theirs, PROMPT, return_dict_in_generate=True, **options).scores[0]
+        said = ours.generate(PROMPT, num_return_sequences=2, **options)[:, -1].view(2, 2)
+        for tokens, row in zip(said, scores[::2]):
+            assert set(tokens.tolist()) == set(row.isfinite().nonzero()[:, 0].tolist())
+
+
 WARPERS = {
     "default": {},
     "temperature": {"temperature": 0.6},
@@ -286,13 +356,13 @@ class TestLength:
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be positive"),
         ({"max_length": 7}, "a prompt has 7 tokens; max_length is 7"),
-        ({"num_beams": 2, "do_sample": True}, "num_beams > 1 with do_sample=True is not supported"),
-        ({"num_return_sequences": 2}, "num_return_sequences is 2 and num_beams 1; greedy"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2 and num_beams 1; there is one sequence for each beam"),
+        ({"num_return_sequences": 3, "num_beams": 2, "do_sample": True}, "is 3 and num_beams 2; .* only by sampling"),
         ({"seed": [1, 2, 3], "do_sample": True}, "3 seeds for 2 rows"),
         ({"attention_mask": torch.tensor([[1] * 7, [1, 0, 1, 1, 1, 1, 1]])}, "row 1 has a hole"),
         ({"attention_mask": torch.tensor([[1] * 7, [0] * 7])}, "a prompt is empty"),
         ({"streamer": object()}, "a streamer takes one row"),
-        ({"prompt_lookup_num_tokens": 4}, "prompt_lookup_num_tokens is for one row, greedy"),
+        ({"prompt_lookup_num_tokens": 4, "do_sample": True}, "prompt_lookup_num_tokens is for greedy decoding"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -346,6 +416,18 @@ class TestLookup:
         ours, _ = models
         plain = ours.generate(PROMPT[:1], max_new_tokens=40, **options)
         assert torch.equal(plain, ours.generate(PROMPT[:1], max_new_tokens=40, prompt_lookup_num_tokens=5, **options))
+
+    def test_several_rows_go_as_each_does_alone(self, models):
+        ours, _ = models
+        prompts = [PROMPT[0], PROMPT[1, :4], PROMPT[1]]
+        options = {"max_new_tokens": 30, "eos_token_id": [17, 5], "pad_token_id": 100}
+        plain = ours.generate(prompts, **options)
+        assert torch.equal(plain, ours.generate(prompts, prompt_lookup_num_tokens=5, **options))
+        counted = {"prompt_lookup_num_tokens": 5, "return_dict_in_generate": True, **options}
+        together = ours.generate(prompts, **counted)
+        alone = [ours.generate(prompt[None], **counted) for prompt in prompts]
+        assert together.forward_passes == sum(out.forward_passes for out in alone)
+        assert together.past_key_values is None
 
     def test_fills_the_last_position(self, models):
         ours, _ = models
