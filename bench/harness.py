@@ -152,6 +152,9 @@ def _is_out_of_memory(error):
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+MAX_REPEATS = 200  # of a call in a block
+
+
 class Clock:
     """Times calls on one device.
 
@@ -188,30 +191,39 @@ class Clock:
             times.append((time.perf_counter() - start) * 1e3)
         return times
 
-    def block(self, make, budget_ms, max_repeats=200):
-        """Times of call = make(), as many as fit the budget, one at least, after an untimed call and a trial."""
+    def block(self, make, budget_ms, is_warm=False):
+        """Times of call = make(), as many as fit the budget, after an untimed call and a trial.
+
+        A call longer than the budget is its own trial, timed once; is_warm: and without the untimed one before it.
+        """
         call = make()
-        self.times(call, 1)
-        (trial,) = self.times(call, 1)
-        repeats = int(budget_ms / max(trial, 1e-3))
-        return self.times(call, min(max(repeats, 1), max_repeats))
+        for _ in range(1 if is_warm else 2):
+            trial = self.times(call, 1)
+        repeats = int(budget_ms / max(trial[0], 1e-3))
+        return self.times(call, min(repeats, MAX_REPEATS)) or trial
 
 
-def measure(makes, device, *, quick=False, clock=None):
+def measure(makes, device, *, quick=False, clock=None, rounds=5, budget_ms=60.0, limit_s=None, is_warm=False):
     """Times providers against each other: {name: {"median_ms", "p20_ms", "p80_ms", "status"}}.
 
     makes: {name: make}; make() does what is not timed (the forward pass before a backward) and returns the call that is
     timed, without arguments. Providers take turns in blocks, and what make() built is freed after its block, so that no
     provider's memory counts against another's. One that runs out of memory has None for its times and that status.
+
+    limit_s: after so many seconds no third or later round starts. is_warm: the caller has run each call once, so that
+    those longer than budget_ms, the time of a block, need no untimed one.
     """
     clock = Clock(device) if clock is None else clock
-    rounds, budget_ms = (2, 20.0) if quick else (5, 60.0)
+    rounds, budget_ms = (2, 20.0) if quick else (rounds, budget_ms)
     times = {name: [] for name in makes}
     statuses = dict.fromkeys(makes, OK)
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for i in range(rounds):
+        if i >= 2 and limit_s is not None and time.perf_counter() - start > limit_s:
+            break
         for name, make in makes.items():
             if statuses[name] == OK:
-                block, statuses[name] = attempt(clock.block, make, budget_ms)
+                block, statuses[name] = attempt(clock.block, make, budget_ms, is_warm)
                 times[name] += block or []
     return {name: summary(times[name] if statuses[name] == OK else []) | {"status": statuses[name]} for name in makes}
 

@@ -18,7 +18,7 @@ class FakeClock:
     def __init__(self, times):
         self.times, self.order = times, []
 
-    def block(self, make, budget_ms):
+    def block(self, make, budget_ms, is_warm):
         name = make()
         self.order.append(name)
         return self.times[name]
@@ -45,6 +45,21 @@ def test_the_cpu_clock_times_what_is_called_and_not_what_prepares_it():
     times = harness.Clock("cpu").block(make, budget_ms=20)
     assert 2 <= len(times) <= 5
     assert 4.0 <= sorted(times)[len(times) // 2] < 50.0
+
+
+@pytest.mark.parametrize(("is_warm", "calls"), [(False, 2), (True, 1)])
+def test_a_call_longer_than_the_budget_is_its_own_trial(is_warm, calls):
+    made = []
+    times = harness.Clock("cpu").block(lambda: lambda: made.append(time.sleep(0.01)), budget_ms=5, is_warm=is_warm)
+    assert len(times) == 1
+    assert times[0] >= 10.0
+    assert len(made) == calls
+
+
+def test_a_slow_case_gets_two_rounds_and_no_more():
+    clock = FakeClock({"a": [1.0]})
+    harness.measure({"a": lambda: "a"}, "cpu", clock=clock, limit_s=0.0)
+    assert clock.order == ["a", "a"]
 
 
 @pytest.mark.parametrize(

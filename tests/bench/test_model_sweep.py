@@ -1,11 +1,14 @@
 """The model sweep: its rows, the page's tables, and what it refuses."""
 
 import json
+from functools import partial
 
 import pytest
+import torch
 
 from bench import harness, model_sweep
 from bench.harness import OK
+from bench.model_providers import Provider, build
 
 
 @pytest.fixture
@@ -27,16 +30,54 @@ def test_a_sweep_writes_rows_tables_and_the_diagram(pair, tiny, tmp_path, capsys
         assert row["status"] == OK
         assert row["median_ms"] > 0
         assert row["error"] < 1e-4
-        assert row["peak_memory_mb"] is None  # a CPU's is not measured
+        assert 0.1 < row["peak_memory_mb"] < 50
     tables = (tmp_path / "model_sweep.md").read_text()
     assert (
         f"| Batch size | Seq len | Time per batch ({pair[0]} - s) | Time per batch ({pair[1]} - s) | Speedup (%) |"
         in tables
     )
     assert f"| Per token latency {pair[0]} (ms) |" in tables
-    assert tables.count("not measured") == 3 * len(rows) / 2
+    assert "Peak memory is counted, not measured" in tables
     assert (tmp_path / "model_inference.png").stat().st_size > 10_000
     assert "wrote" in capsys.readouterr().out
+
+
+def test_a_cpus_peak_memory_is_what_is_alive_at_once(tiny):
+    """Training holds weights and gradients at least; a longer text takes more, and eager attention more than SDPA."""
+    ours = build("tiny", "cpu", "float32")
+    weights_mb = sum(p.nbytes for p in ours.parameters()) / 2**20
+
+    def peak(name, mode, T):
+        provider = Provider(name, ours)
+        return model_sweep.peak_memory_mb(provider, partial(getattr(provider, mode), 2, T), torch.device("cpu"))
+
+    assert (
+        2 * weights_mb < peak("sdpa", "training", 16) < peak("sdpa", "training", 512) < peak("eager", "training", 512)
+    )
+    scores_mb = 2 * 2 * 512 * 512 * 4 / 2**20  # of one layer
+    assert peak("eager", "inference", 512) - peak("sdpa", "inference", 512) >= scores_mb
+    cache_mb = 2 * 2 * 2 * 512 * 32 * 4 / 2**20
+    packed = peak("sdpa", "decoding", 512) - cache_mb
+    assert 2 * weights_mb - 0.3 < packed < 2 * weights_mb + 0.3  # the packed copies leave out the embeddings' positions
+
+
+def test_a_cpu_leaves_out_the_largest_batches_and_says_so(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_sweep, "PAGE", {"training": ((1, 2), (16,))})
+    monkeypatch.setattr(model_sweep, "LEFT_OUT_ON_CPU", {("training", 2, 16)})
+    arguments = ["--device", "cpu", "--size", "tiny", "--mode", "training", "--out", str(tmp_path)]
+    model_sweep.main(arguments)
+    lines = (tmp_path / "model_sweep.md").read_text().splitlines()
+    assert lines[-1] == "| 2 | 16 |" + " not measured |" * 6
+    assert "not measured" not in lines[-2]
+    model_sweep.main([*arguments, "--batch", "2"])
+    assert "not measured |" not in (tmp_path / "model_sweep.md").read_text()
+
+
+def test_what_a_cpu_leaves_out_are_points_of_the_page():
+    for mode, B, T in model_sweep.LEFT_OUT_ON_CPU:
+        batches, lengths = model_sweep.PAGE[mode]
+        assert B in batches
+        assert T in lengths
 
 
 def test_without_inference_there_is_no_diagram(tiny, tmp_path):
@@ -45,10 +86,8 @@ def test_without_inference_there_is_no_diagram(tiny, tmp_path):
 
 
 def test_a_provider_that_computes_something_else_gets_no_time(tiny, tmp_path, monkeypatch):
-    right = model_sweep.Provider.logits
-    monkeypatch.setattr(
-        model_sweep.Provider, "logits", lambda self, ids: right(self, ids) + (0.01 if self.name == "sdpa" else 0)
-    )
+    right = Provider.logits
+    monkeypatch.setattr(Provider, "logits", lambda self, ids: right(self, ids) + (0.01 if self.name == "sdpa" else 0))
     model_sweep.main(["--device", "cpu", "--quick", "--size", "tiny", "--mode", "inference", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "model_sweep.json").read_text())["rows"]
     for row in rows:
@@ -59,7 +98,15 @@ def test_a_provider_that_computes_something_else_gets_no_time(tiny, tmp_path, mo
 
 def test_speedup_and_saving_are_the_pages():
     """The page's first row: 0.039 s against 0.032 s (23 %, of rounded times 21.9), 3482.32 MB against 3494.62 MB."""
-    common = {"mode": "training", "size": "gpt2-large", "dtype": "float16", "B": 1, "T": 128, "status": OK}
+    common = {
+        "mode": "training",
+        "size": "gpt2-large",
+        "dtype": "float16",
+        "B": 1,
+        "T": 128,
+        "status": OK,
+        "lane": "cuda",
+    }
     rows = [
         {**common, "backend": "eager", "median_ms": 39.0, "peak_memory_mb": 3482.32},
         {**common, "backend": "sdpa", "median_ms": 32.0, "peak_memory_mb": 3494.62},

@@ -95,7 +95,7 @@ class FakeClock:
     def __init__(self, times):
         self.times, self.blocks = times, []
 
-    def block(self, make, budget_ms):
+    def block(self, make, budget_ms, is_warm=False):
         config = make()
         self.blocks.append((config, budget_ms))
         return [self.times(config)]

@@ -4,10 +4,10 @@ import compiling
 import pytest
 import torch
 from lanes import across_lanes
-from memory import LiveBytes
 from rowwise import assert_bit_identical, check_against_oracle, poisoned, with_gradients
 from torch.library import opcheck
 
+from bench.live_bytes import LiveBytes
 from kernels import cross_entropy, linear_cross_entropy, reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

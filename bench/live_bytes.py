@@ -1,4 +1,8 @@
-"""Counts the bytes of live tensors, on any device: on "meta" what a step would take, without computing it."""
+"""Counts the bytes of live tensors, on any device: on "meta" what a step would take, without computing it.
+
+It is a count, not a measurement: what an operation allocates inside itself and frees before it returns is not in it,
+nor are layouts without a storage of their own (oneDNN's packed weights).
+"""
 
 import weakref
 
@@ -7,17 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages that operations made and that are still alive."""
+    """Counts the bytes of tensor storages that operations returned and that are still alive.
 
-    def __init__(self):
+    held: tensors that were there before; views of them are not counted.
+    """
+
+    def __init__(self, held=()):
         super().__init__()
         self.now = self.peak = 0
-        self.seen = set()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
                 self.count(tensor.untyped_storage())
         return result
 

@@ -1,0 +1,164 @@
+"""GPT-2 under each backend, and transformers' on the same weights: what the benches of the whole model time.
+
+Weights are random, from one seed, and the same for every provider. A mode of a Provider does what is not timed and
+returns the call that is.
+"""
+
+import importlib.util
+
+import torch
+
+from bench import harness
+from bench.harness import UsageError
+from model import GPT2, GPT2Config, attention_backends
+from model.attention import get_attention
+from model.cache import KVCache
+
+THEIRS = ("transformers-eager", "transformers-sdpa")
+GATE_TOKENS = 64
+NEW_TOKENS = 32  # of a generation
+
+
+class Provider:
+    """A model under a backend: ours, or transformers', on the same weights."""
+
+    def __init__(self, name, ours):
+        self.name = name
+        self.ours = ours
+        self.model = ours if name not in THEIRS else _transformers(name, ours)
+
+    def use(self, training=False):
+        """The model in its mode. Our backends share one; its weights are packed but in training, as generate() does."""
+        model = self.model.train(training)
+        if model is self.ours:
+            model.set_attn_implementation(self.name)
+            if not training:
+                model.pack_weights()
+        return model
+
+    def held_mb(self):
+        """The weights, and packed copies of them where there are some, in MB of 2**20 bytes."""
+        packed = [layer.packed for layer in self.model.modules() if getattr(layer, "packed", None) is not None]
+        tensors = (*self.model.parameters(), *(copy.blocks for copy in packed))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+
+    def logits(self, ids):
+        with torch.no_grad():
+            return self.use()(ids, use_cache=False).logits
+
+    def training(self, B, T):
+        """Forward and backward of the loss, no optimiser."""
+        model, ids = self.use(training=True), random_ids(self.ours, B, T)
+
+        def step():
+            model.zero_grad(set_to_none=True)
+            model(ids, labels=ids, use_cache=False).loss.backward()
+
+        return step
+
+    def decoding(self, B, T):
+        """One token after T - 1 in the cache. These are random keys and values, which take the time of any others."""
+        model, ids = self.use(), random_ids(self.ours, B, 1)
+        config = self.ours.config
+        if model is self.ours:
+            cache = KVCache(config, B, capacity=T, device=model.device, dtype=model.dtype)
+            cache.data.normal_()
+            cache.advance([T - 1] * B)
+        else:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=model.config)
+            for layer in range(config.n_layer):
+                held = torch.randn(2, B, config.n_head, T - 1, config.head_dim, device=model.device, dtype=model.dtype)
+                cache.update(held[0], held[1], layer)
+
+        @torch.no_grad()
+        def step():
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            cache.crop(-1)
+
+        return step
+
+    def inference(self, B, T):
+        """A forward pass without a cache, logits of the last position."""
+        return self._forward(B, T, use_cache=False)
+
+    def prefill(self, B, T):
+        """A forward pass that fills a new cache, logits of the last position."""
+        return self._forward(B, T, use_cache=True)
+
+    def _forward(self, B, T, use_cache):
+        model, ids = self.use(), random_ids(self.ours, B, T)
+
+        @torch.no_grad()
+        def forward():
+            model(ids, use_cache=use_cache, logits_to_keep=1)
+
+        return forward
+
+    def generation(self, B, T):
+        """The library's own generate(): T tokens of prompt and NEW_TOKENS more, greedy. The call returns the ids."""
+        model, ids = self.use(), random_ids(self.ours, B, T)
+        never = self.ours.config.vocab_size  # no such token: nothing ends early
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": never, "pad_token_id": 0}
+        if model is not self.ours:
+            options["attention_mask"] = torch.ones_like(ids)
+        else:
+            options["pad_token_id"] = never
+        return lambda: model.generate(ids, **options)
+
+
+def _transformers(name, ours):
+    import transformers
+
+    values = {key: value for key, value in ours.config.to_dict().items() if key != "model_type"}
+    config = transformers.GPT2Config(**values, attn_implementation=name.removeprefix("transformers-"))
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    model.load_state_dict(ours.state_dict(), assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def random_ids(model, B, T):
+    generator = torch.Generator().manual_seed(T)
+    return torch.randint(0, model.config.vocab_size, (B, T), generator=generator).to(model.device)
+
+
+def build(size, device, dtype):
+    """Our model on the device, random weights, dropout 0: with it there would be nothing to compare."""
+    torch.manual_seed(0)
+    config = GPT2Config.preset(size, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    return GPT2(config).to(device, harness.DTYPES[dtype]).eval()
+
+
+def gate(providers, ours):
+    """{name: (error, status)}: logits of 64 tokens against those of the same weights in float64, by the tests' rule."""
+    ids = random_ids(ours, 1, GATE_TOKENS)
+    with torch.no_grad():
+        oracle_model = GPT2(ours.config, attn_implementation="eager").to(ours.device, torch.float64).eval()
+        oracle_model.load_state_dict(ours.state_dict())
+        oracle = oracle_model(ids, use_cache=False).logits
+    del oracle_model
+    baseline = Provider("eager", ours).logits(ids)
+    judged = {}
+    for provider in providers:
+        results = {"logits": (provider.logits(ids), baseline, oracle)}
+        judged[provider.name] = harness.judge(results, factor=harness.FORWARD_FACTOR)
+    return judged
+
+
+def refuse(option, name, args):
+    """UsageError if the provider that the option names cannot serve args.size, args.dtype and args.device."""
+    if name in THEIRS:
+        if importlib.util.find_spec("transformers") is None:
+            raise UsageError(f"{option} {name}: transformers is not installed here")
+        return
+    if name not in attention_backends():
+        raise UsageError(f"{option} {name}: unknown; choose from {', '.join((*attention_backends(), *THEIRS))}")
+    if name == "triton" and args.device.type != "cuda":
+        raise UsageError(f"{option} triton: not timed without a GPU; bench/attention_sweep.py checks it here")
+    head_dim = GPT2Config.preset(args.size).head_dim
+    reason = get_attention(name).refusal(device=args.device, dtype=harness.DTYPES[args.dtype], head_dim=head_dim)
+    if reason is not None:
+        raise UsageError(f"{option} {name} does not support {reason}")
