@@ -16,7 +16,7 @@ from model.cache import KVCache
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
 GATE_TOKENS = 64
-NEW_TOKENS = 32  # of a generation
+NEW_TOKENS = 32  # that generate says
 
 
 class Provider:
@@ -96,15 +96,12 @@ class Provider:
 
         return forward
 
-    def generation(self, B, T):
+    def generate(self, B, T):
         """The library's own generate(): T tokens of prompt and NEW_TOKENS more, greedy. The call returns the ids."""
         model, ids = self.use(), random_ids(self.ours, B, T)
         never = self.ours.config.vocab_size  # no such token: nothing ends early
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": never, "pad_token_id": 0}
-        if model is not self.ours:
-            options["attention_mask"] = torch.ones_like(ids)
-        else:
-            options["pad_token_id"] = never
+        options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": never, "pad_token_id": never, "do_sample": False}
+        options["attention_mask"] = torch.ones_like(ids)
         return lambda: model.generate(ids, **options)
 
 

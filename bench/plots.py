@@ -142,6 +142,17 @@ CHARTS = (
         facets=("size", "dtype", "T"),
         mode="inference",
     ),
+    Chart(
+        file="transformers_speedup.png",
+        title="GPT-2: speed-up over {baseline}",
+        y="median_ms",
+        y_label="time of {baseline} / time",
+        x="case",
+        x_label="",
+        facets=("size", "dtype"),
+        relative_to=("transformers-sdpa",),
+        kind="bars",
+    ),
 )
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. A name keeps its colour in every chart.
@@ -260,6 +271,8 @@ def _draw_panel(axis, chart, rows, baseline, colours):
     if not curves:
         axis.text(0.5, 0.5, "nothing was measured", transform=axis.transAxes, ha="center", color=FAINT)
         axis.set(xticks=[], yticks=[])
+    if chart.kind == "bars":
+        curves.pop(baseline, None)  # the line at 1
     (_draw_bars if chart.kind == "bars" else _draw_lines)(axis, chart, curves, colours)
     if baseline is not None:
         axis.axhline(1.0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -274,6 +287,7 @@ def _draw_panel(axis, chart, rows, baseline, colours):
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#bbbbbb")
     axis.tick_params(labelsize=8.5, colors=INK, length=3, labelleft=True)
+    axis.tick_params("x", labelsize=7.5 if chart.kind == "bars" else 8.5)
 
 
 def _draw_lines(axis, chart, curves, colours):
@@ -326,7 +340,7 @@ def _draw_bars(axis, chart, curves, colours):
         places = [groups.index(x) + (i - (len(curves) - 1) / 2) * thickness for x in xs]
         bars = axis.bar(places, ys, 0.92 * thickness, color=colours[name], label=name, zorder=3)
         axis.bar_label(bars, [f"{y:.3g}" for y in ys], fontsize=7.5, color=INK, padding=2)
-    axis.set_xticks(range(len(groups)), groups)
+    axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axis.margins(y=0.12)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.5, labelcolor=INK)
 

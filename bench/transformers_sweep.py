@@ -1,0 +1,127 @@
+"""GPT-2 here against GPT-2 in transformers with SDPA, on the same weights, in one run.
+
+    python bench/transformers_sweep.py
+    python bench/transformers_sweep.py --backend triton --size gpt2-large --dtype float16
+
+import      `from model import GPT2` against `from transformers import GPT2LMHeadModel`, each in a new process.
+prefill     a forward pass of 512 tokens that fills a new cache, logits of the last position.
+decoding    one token for each row after T - 1 in the cache.
+generate    each library's own generate(), greedy: a prompt of T tokens and 32 new ones.
+
+Weights are random, from one seed. Before anything is timed, logits are held against float64 by the tolerance rule of
+the tests, and in float32 both must generate the same tokens. Providers take turns, in short blocks; torch uses as many
+threads as it does by default (OMP_NUM_THREADS sets it). Files: transformers_sweep.json, transformers_speedup.png.
+"""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import harness
+from bench.harness import OK
+from bench.model_providers import NEW_TOKENS, Provider, build, gate, refuse
+from model import attention_backends
+from model.config import PRESETS
+
+BASELINE = "transformers-sdpa"
+# (mode, B, T), and how the clock goes about it: rounds and the milliseconds of a block.
+CASES = (
+    (("prefill", 1, 512), (8, 60.0)),
+    (("decoding", 1, 128), (15, 200.0)),
+    (("decoding", 1, 512), (15, 200.0)),
+    (("decoding", 8, 128), (15, 200.0)),
+    (("decoding", 8, 512), (15, 200.0)),
+    (("generate", 1, 16), (6, 60.0)),
+    (("generate", 8, 16), (6, 60.0)),
+)
+QUICK = tuple({(mode, B, 32): ((mode, B, 32), clock) for (mode, B, _), clock in CASES}.values())
+IMPORTS = {"ours": "from model import GPT2", BASELINE: "from transformers import GPT2LMHeadModel"}
+IMPORT_ROUNDS = 8
+COLUMNS = ("case", "backend", "median_ms", "p20_ms", "p80_ms", "tokens_per_s", "speedup", "error", "status")
+
+
+def import_ms(statement):
+    """How long the statement takes in a new process, the interpreter's own start not counted."""
+    code = f"import time; start = time.perf_counter(); {statement}; print((time.perf_counter() - start) * 1e3)"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def import_timings(rounds):
+    """{name: median and percentiles}, after a first time that fills the caches of files."""
+    times = {name: [] for name in IMPORTS}
+    for _ in harness.progress(range(1 + rounds), "imports"):
+        for name, statement in IMPORTS.items():
+            times[name].append(import_ms(statement))
+    return {name: harness.summary(values[1:]) for name, values in times.items()}
+
+
+def same_tokens(providers, dtype, B, T):
+    """OK, or that greedy decoding differs. Half precision may round a tie to either side, so there it may differ."""
+    first, second = (provider.generate(B, T)() for provider in providers)
+    return OK if dtype != "float32" or torch.equal(first, second) else "failed: other tokens than transformers"
+
+
+def sweep(args):
+    """The rows of every case, ours before transformers'."""
+    rows = []
+    for name, timing in import_timings(2 if args.quick else IMPORT_ROUNDS).items():
+        name = args.backend if name == "ours" else name
+        rows.append(row(args, "import", name, None, None) | {"mode": "import", "error": None, "status": OK} | timing)
+    ours = build(args.size, args.device, args.dtype)
+    providers = [Provider(name, ours) for name in (args.backend, BASELINE)]
+    judged = gate(providers, ours)
+    for (mode, B, T), (rounds, budget_ms) in harness.progress(QUICK if args.quick else CASES, "against transformers"):
+        statuses = {name: status for name, (_, status) in judged.items()}
+        if mode == "generate" and statuses[args.backend] == OK:
+            statuses[args.backend] = same_tokens(providers, args.dtype, B, T)
+        makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if statuses[p.name] == OK}
+        clock = {"rounds": rounds, "budget_ms": budget_ms, "quick": args.quick, "is_warm": mode == "generate"}
+        timings = harness.measure(makes, args.device, **clock)
+        new = {"generate": NEW_TOKENS, "decoding": 1}.get(mode)
+        for name, status in statuses.items():
+            timing = timings.get(name, harness.summary([]) | {"status": status})
+            entry = row(args, f"{mode} B={B} T={T}", name, B, T) | {"mode": mode, "error": judged[name][0]} | timing
+            if new and entry["median_ms"]:
+                entry["tokens_per_s"] = 1e3 * B * new / entry["median_ms"]
+            rows.append(entry)
+    for ours, theirs in zip(rows[::2], rows[1::2]):
+        if ours["median_ms"] and theirs["median_ms"]:
+            ours["speedup"] = theirs["median_ms"] / ours["median_ms"]
+    return rows
+
+
+def row(args, case, backend, B, T):
+    shared = {"size": args.size, "dtype": args.dtype, "lane": args.device.type}
+    return {"case": case, "backend": backend, "B": B, "T": T, "tokens_per_s": None, "speedup": None, **shared}
+
+
+def parser():
+    result = harness.Parser("bench/transformers_sweep.py", __doc__, check=complete)
+    result.add_argument("--backend", choices=attention_backends(), help="ours; default: triton on a GPU, sdpa on a CPU")
+    result.add_argument("--size", choices=PRESETS, default="gpt2", help="default: gpt2")
+    result.add_argument("--dtype", choices=harness.DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+    return result
+
+
+def complete(args):
+    """Fills in what was not given and refuses what cannot be served, before any work."""
+    on_gpu = args.device.type == "cuda"
+    args.backend = args.backend or ("triton" if on_gpu else "sdpa")
+    args.dtype = args.dtype or ("float16" if on_gpu else "float32")
+    refuse("the baseline", BASELINE, args)
+    refuse("--backend", args.backend, args)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    environment = harness.environment(args.device, args.command)
+    harness.finish(args.out / "transformers_sweep.json", environment, sweep(args), columns=COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
