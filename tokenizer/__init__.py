@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: byte-level BPE, exact, offline, in pure Python. Imports neither torch nor the rest of the project.
+"""GPT-2's tokenizer: byte-level BPE, exact, offline, in Python and numpy. Imports nothing else of the project.
 
     from tokenizer import GPT2Tokenizer
 
@@ -7,8 +7,8 @@
     assert tokenizer.decode(ids) == "Hello, world!"
 
 Reading order: `vocabulary.py` (bytes, tokens, merges), `pretokenize.py` (text into pieces), `bpe.py` (a piece into
-tokens), `memo.py` and `borders.py` (why this is fast), `gpt2.py` (the API), then `special.py`, `batch.py`, `files.py`,
-`stream.py` and `train.py`.
+tokens), `memo.py`, `gpt2.py` (the API); why long text is fast: `spans.py`, `words.py`, `hashing.py`, `merging.py`,
+`borders.py`; then `special.py`, `batch.py`, `files.py`, `stream.py` and `train.py`.
 """
 
 from .batch import BatchEncoding

@@ -2,7 +2,6 @@
 
 import re
 from itertools import accumulate
-from operator import itemgetter
 
 from . import files
 from .batch import PADDING, BatchEncoding, as_tensors, pad, padded_length
@@ -10,10 +9,10 @@ from .borders import FinePieces
 from .bpe import BytePairEncoder
 from .memo import Memo
 from .special import ROLES, Role, RoleId, partition
+from .token_bytes import TokenBytes
 from .vocabulary import END_OF_TEXT, gpt2_vocabulary, vocabulary_from_merges
 
 SIDES = ("left", "right")
-DECODE_BLOCK = 2048  # ids looked up at once: what they stand for stays in the CPU's cache until it is joined
 
 
 class GPT2Tokenizer:
@@ -57,7 +56,7 @@ class GPT2Tokenizer:
         encoder = BytePairEncoder(vocabulary.byte_ids, vocabulary.ranks, vocabulary.products)
         self._memo = Memo(encoder, known, FinePieces(ordinary.values()))
         self._bytes = ordinary | {id: token.encode() for token, id in self.special_tokens.items()}
-        self._set_table()
+        self._token_bytes = TokenBytes(self._bytes)
 
         self.roles = {}
         if roles is None and END_OF_TEXT in self.special_tokens:
@@ -230,7 +229,7 @@ class GPT2Tokenizer:
         return BatchEncoding(as_tensors(columns, return_tensors))
 
     def clear_cache(self):
-        """Forgets the words that encoding has seen, which make it fast: at most 48 MB, by `memo.py`'s count."""
+        """Forgets the words that encoding has seen, which make it fast: at most 48 MB (see `memo.py`, `words.py`)."""
         self._memo.clear()
 
     # Ids to text
@@ -241,21 +240,10 @@ class GPT2Tokenizer:
         if skip_special_tokens:
             special = set(self.special_tokens.values())
             ids = [id for id in ids if id not in special]
-        blocks = [ids[start : start + DECODE_BLOCK] for start in range(0, len(ids), DECODE_BLOCK)]
         try:
-            return b"".join(map(self._join, blocks))
-        except (IndexError, TypeError):
+            return self._token_bytes.join(ids)
+        except (IndexError, OverflowError, TypeError):
             raise self._bad_ids(ids) from None
-
-    def _join(self, ids):
-        if min(ids) < 0:
-            raise IndexError
-        # One call looks up all; for a single id it would return the bytes themselves, not a tuple of them.
-        return b"".join(itemgetter(*ids)(self._table)) if len(ids) > 1 else self._table[ids[0]] + b""
-
-    def _set_table(self):
-        """Lists the bytes of each id; None where the vocabulary has a gap."""
-        self._table = [self._bytes.get(id) for id in range(max(self._bytes) + 1)]
 
     def decode(self, ids, *, skip_special_tokens=False, errors=None, clean_up_tokenization_spaces=False):
         """The text of ids. errors: as for `bytes.decode`; None is the tokenizer's own. Spaces are never cleaned up."""
@@ -326,7 +314,7 @@ class GPT2Tokenizer:
                     self._added.add(name)
             if role in ROLES:
                 setattr(self, role, value)
-        self._set_table()
+        self._token_bytes = TokenBytes(self._bytes)
         return len(self) - before
 
     @property

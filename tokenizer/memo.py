@@ -1,90 +1,81 @@
-"""The fast path of encoding: exact memoisation, with the work done by C loops of the interpreter.
+"""Exact memoisation: what a piece's tokens are depends on the piece alone, so remembering them changes no result."""
 
-`_Words` maps a key of `pretokenize.cut` to its tokens, `_Pieces` a piece to its tokens. Both are dicts with
-`__missing__`, so that `map(words.__getitem__, keys)` runs no line of Python for a word that was seen before. A word's
-tokens depend on the word alone, so remembering them changes no result.
-
-Both are bounded, in bytes, and start afresh when full.
-"""
-
+import re
 from itertools import chain
 
-from .pretokenize import cut, head_and_blocks, spelled
-
-MAX_KEY = 100  # characters
-WORDS_BYTES = 32 << 20
+MAX_KEY = 100  # characters: a longer piece is not remembered
 PIECES_BYTES = 16 << 20
 
-_flatten = chain.from_iterable
+_HEAD = re.compile("[^\t-\r ]*")
 
 
-class _Remembered(dict):
-    """A dict of at most `limit` bytes: an entry counts 200 for a string, a tuple and a place, and what they hold."""
+class Pieces(dict):
+    """{piece: its tokens}, bounded: an entry counts 200 bytes for a string, a tuple and a place, and what they hold.
 
-    def __init__(self, limit):
-        self.limit = self.room = limit
+    A dict with `__missing__`: `map(pieces.__getitem__, ...)` runs no line of Python for a piece that was met before.
 
-    def clear(self):
-        super().clear()
-        self.room = self.limit
-
-    def remember(self, key, tokens):
-        if len(key) <= MAX_KEY:
-            self.room -= 200 + 4 * len(key) + 8 * len(tokens)
-            if self.room < 0:
-                self.clear()
-            self[key] = tokens
-        return tokens
-
-
-class _Pieces(_Remembered):
-    def __init__(self, encoder, known):
-        super().__init__(PIECES_BYTES)
-        self.encode, self.known = encoder.encode, known
-
-    def __missing__(self, piece):
-        token = self.known.get(piece)
-        return self.remember(piece, tuple(self.encode(piece.encode())) if token is None else (token,))
-
-
-class _Words(_Remembered):
-    def __init__(self, tokens_of_piece, cut):
-        super().__init__(WORDS_BYTES)
-        self.tokens_of_piece, self.cut = tokens_of_piece, cut
-
-    def __missing__(self, key):
-        parts = self.cut(spelled(key))
-        if len(parts) == 1:
-            return self.remember(key, self.tokens_of_piece(parts[0]))
-        return self.remember(key, tuple(_flatten(map(self.tokens_of_piece, parts))))
-
-
-class Memo:
-    """Encodes text without special tokens.
-
-    encoder: a BytePairEncoder. known: {piece: token} for pieces that are one token. cut: what cuts text into parts that
+    encoder: a BytePairEncoder. known: {piece: token} of pieces that are one token. cut: what cuts text into parts that
     are encoded alone, as `pretokenize.pieces` does.
     """
 
     def __init__(self, encoder, known, cut):
-        self._pieces = _Pieces(encoder, known)
-        self._words = _Words(self._pieces.__getitem__, cut)
-        self._cut = cut
+        self.encoder, self.known, self.cut = encoder, known, cut
+        self.room = PIECES_BYTES
+
+    def clear(self):
+        super().clear()
+        self.room = PIECES_BYTES
+
+    def encode(self, text):
+        """Token ids (list[int]) of text (str)."""
+        return list(chain.from_iterable(map(self.__getitem__, self.cut(text))))
+
+    def __missing__(self, piece):
+        token = self.known.get(piece)
+        tokens = tuple(self.encoder.encode(piece.encode())) if token is None else (token,)
+        self._remember(piece, tokens)
+        return tokens
+
+    def _remember(self, piece, tokens):
+        if len(piece) > MAX_KEY:
+            return
+        self.room -= 200 + 4 * len(piece) + 8 * len(tokens)
+        if self.room < 0:
+            self.clear()
+        self[piece] = tokens
+
+
+class Memo:
+    """Encodes text without special tokens. As for `Pieces`.
+
+    Short text goes by its pieces, in plain Python. Long text goes by its words, in numpy, once there has been so much
+    text that numpy's import and the tables are worth their tenths of a second.
+    """
+
+    long_text = 1 << 12  # characters
+    much_text = 1 << 20
+
+    def __init__(self, encoder, known, cut):
+        self._pieces = Pieces(encoder, known, cut)
+        self._words = None
+        self._seen = 0  # characters
 
     def clear(self):
         """Forgets everything, as when new."""
         self._pieces.clear()
-        self._words.clear()
+        if self._words:
+            self._words.clear()
 
     def encode(self, text):
         """Token ids (list[int]) of text (str). Raises UnicodeEncodeError for a lone surrogate."""
-        tokens_of_piece, tokens_of_word = self._pieces.__getitem__, self._words.__getitem__
-        head, blocks = head_and_blocks(text)
-        ids = list(_flatten(map(tokens_of_piece, self._cut(head))))
-        for block in blocks:
-            keys = cut(block)
-            if keys is None:
-                ids += _flatten(map(tokens_of_piece, self._cut(block)))
-            else:
-                ids += _flatten(map(tokens_of_word, keys))
+        self._seen += len(text)
+        if len(text) < self.long_text or self._seen < self.much_text:
+            return self._pieces.encode(text)
+        if self._words is None:
+            from .words import Words
+
+            self._words = Words(self._pieces)
+        head = _HEAD.match(text).end()
+        ids = self._words.encode(text[head:].encode())
+        ids[:0] = self._pieces.encode(text[:head])
         return ids

@@ -104,6 +104,11 @@ def letters(first, last):
     return "".join(chr(point) for low, high in _ranges(_LETTERS, first, last) for point in range(low, high + 1))
 
 
+def ranges_of_letters_and_numbers():
+    """Two lists of ranges, as pairs of code points."""
+    return list(_ranges(_LETTERS, 0, 0x10FFFF)), list(_ranges(_NUMBERS, 0, 0x10FFFF))
+
+
 def _inside(ranges):
     """The inside of a regex's character class."""
     return "".join(f"{chr(low)}-{chr(high)}" for low, high in ranges)

@@ -1,0 +1,173 @@
+"""Encoding long text in numpy, a block at a time: all its words are looked up at once, and new ones learned together.
+
+A word of up to 15 bytes, with its length, is a number of 128 bits: to look it up is to compare two integers, and what
+is found is exact, for a word's tokens depend on it alone. The table begins with the vocabulary's own tokens. Pieces
+are looked up in it too, so of a new word only those pieces are merged that are new themselves, all of a block at once.
+Words of up to 100 bytes are kept in a dict; longer pieces, and runs of whitespace, are `memo.Pieces`' work.
+"""
+
+import threading
+from functools import cached_property
+from itertools import chain, repeat
+
+import numpy as np
+
+from . import spans
+from .hashing import Table
+from .merging import Merger
+from .spans import SHORT, Spans, stretches
+
+LONG = 100  # bytes: longer words are not remembered
+# What is remembered, at the most, when a block begins.
+MOST_WORDS = 1 << 18  # in the table, the vocabulary's among them: 13 MB
+MOST_IDS = 1 << 20  # of words: 4 MB, and as much again while they are moved
+MOST_LONG = 1 << 15  # in the dict: 8 MB
+_COUNT = np.int64(32)
+
+
+class Words:
+    """Encodes blocks of text. pieces: a memo.Pieces, whose encoder and known pieces are used here as well."""
+
+    def __init__(self, pieces):
+        self._pieces = pieces
+        self._merger = Merger(pieces.encoder)
+        self._lock = threading.Lock()
+        known = [piece for piece in pieces.known if len(piece) <= SHORT]  # all ASCII
+        lengths = np.fromiter(map(len, known), np.int64, len(known))
+        self._known = Spans("".join(known).encode(), np.cumsum(lengths) - lengths, lengths).numbers()
+        self._known_ids = np.fromiter(map(pieces.known.__getitem__, known), np.int32, len(known))
+        self.clear()
+
+    def clear(self):
+        """Forgets everything but the vocabulary, as when new."""
+        number = len(self._known_ids)
+        self._ids, self._kept = np.empty(2 * number + 1024, np.int32), 0  # of one word after the other
+        self._long = {}  # {word: where its ids begin << 32 | their number}
+        self._set_table(Table(2 * number))
+        self._table.claim(*self._known)
+        self._set(self._table.find(*self._known), self._keep(self._known_ids, np.ones(number, np.int64)), 1)
+
+    def encode(self, text):
+        """Token ids (list[int]) of UTF-8 (bytes) that starts with whitespace."""
+        ids = []
+        with self._lock:
+            try:
+                for block in spans.blocks(text):
+                    if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
+                        self.clear()
+                    first, count = self._look_up(*spans.words(block))
+                    ids += self._ids[stretches(first, count)].tolist()
+            except BaseException:
+                self.clear()  # a word may have its slot and not yet its ids
+                raise
+        return ids
+
+    def _look_up(self, words, is_run):
+        """(first, count) of each word: where its ids begin in _ids, and how many they are."""
+        is_short = words.lengths <= SHORT
+        (short,), (long,) = np.nonzero(is_short), np.nonzero(~is_short)
+        a, b = words[short].numbers()
+        slots, new_short = self._find_or_claim(a, b)
+        texts = words[long].texts()
+        places = np.fromiter(map(self._long.get, texts, repeat(-1)), np.int64, len(texts))
+        (new_long,) = np.nonzero(places < 0)
+
+        new = np.concatenate((short[new_short], long[new_long]))
+        if len(new):
+            table = self._table
+            first, count = self._learn(words[new], is_run[new])
+            if self._table is not table:
+                slots = self._table.find(a, b)
+            self._set(slots[new_short], first[: len(new_short)], count[: len(new_short)])
+            places[new_long] = (first << _COUNT | count)[len(new_short) :]
+            learned = zip(map(texts.__getitem__, new_long.tolist()), places[new_long].tolist())
+            self._long.update((text, place) for text, place in learned if len(text) <= LONG)
+
+        first, count = np.empty(len(words), np.int32), np.empty(len(words), np.int32)
+        first[short], count[short] = self._first[slots], self._count[slots]
+        first[long], count[long] = places >> _COUNT, places & 0xFFFFFFFF
+        return first, count
+
+    def _learn(self, words, is_run):
+        """(first, count) of new words, from their pieces."""
+        pieces, counts = spans.pieces(words[~is_run].joined(), lambda: self._closing)
+        runs = words[is_run].texts()  # one piece each, behind the pieces of the other words
+        first_piece, pieces_of = np.empty(len(words), np.int64), np.ones(len(words), np.int64)
+        first_piece[~is_run], pieces_of[~is_run] = np.cumsum(counts) - counts, counts
+        first_piece[is_run] = len(pieces) + np.arange(len(runs))
+        first, count = map(np.concatenate, zip(self._look_up_pieces(pieces), self._keep_texts(runs)))
+
+        first_id, ids_of = first[first_piece], count[first_piece]
+        (several,) = np.nonzero(pieces_of > 1)
+        if len(several):
+            pieces_of = pieces_of[several]
+            parts = stretches(first_piece[several], pieces_of)
+            ids_of[several] = np.add.reduceat(count[parts], np.cumsum(pieces_of) - pieces_of)
+            first_id[several] = self._keep(self._ids[stretches(first[parts], count[parts])], ids_of[several])
+        return first_id, ids_of
+
+    def _look_up_pieces(self, pieces):
+        """(first, count) of each piece that is no run."""
+        first, count = np.empty(len(pieces), np.int64), np.empty(len(pieces), np.int64)
+        (short,), (too_long,) = np.nonzero(pieces.lengths <= SHORT), np.nonzero(pieces.lengths > LONG)
+        (long,) = np.nonzero((pieces.lengths > SHORT) & (pieces.lengths <= LONG))
+        slots, _ = self._find_or_claim(*pieces[short].numbers())
+        (new,) = np.nonzero(self._count[slots] == 0)
+        self._first[slots[new]] = new  # of several at a slot, one stays
+        new = new[self._first[slots[new]] == new]
+        merged = np.concatenate((short[new], long))
+        if len(merged):
+            ids, counts = self._merger.encode(pieces[merged].joined())
+            kept = self._keep(ids, counts)
+            self._set(slots[new], kept[: len(new)], counts[: len(new)])
+            first[long], count[long] = kept[len(new) :], counts[len(new) :]
+        first[short], count[short] = self._first[slots], self._count[slots]
+        first[too_long], count[too_long] = self._keep_texts(pieces[too_long].texts())
+        return first, count
+
+    def _keep_texts(self, texts):
+        """(first, count) of each of texts (bytes) that are one piece."""
+        encoded = [self._pieces[text.decode()] for text in texts]
+        counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return self._keep(np.fromiter(chain.from_iterable(encoded), np.int32), counts), counts
+
+    def _keep(self, ids, counts):
+        """Keeps ids. Returns where those of each word, of which there are so many, begin from now on."""
+        first, self._kept = self._kept, self._kept + len(ids)
+        if self._kept > len(self._ids):
+            self._ids = np.concatenate((self._ids[:first], np.empty(self._kept, np.int32)))
+        self._ids[first : self._kept] = ids
+        return first + np.cumsum(counts) - counts
+
+    def _find_or_claim(self, a, b):
+        """(slots, new): the slot of each key, and the positions of keys that had none, of equal ones only one.
+
+        It may make a larger table; slots known before are then no longer right.
+        """
+        old = self._table
+        slots = old.find(a, b)
+        (absent,) = np.nonzero(slots < 0)
+        if not old.has_room(len(absent)):
+            first, count, used = self._first, self._count, np.flatnonzero(old.b)
+            self._set_table(Table(2 * (old.used + len(absent))))
+            self._table.claim(old.a[used], old.b[used])
+            self._set(self._table.find(old.a[used], old.b[used]), first[used], count[used])
+        new = absent[self._table.claim(a[absent], b[absent])]
+        if self._table is not old:
+            return self._table.find(a, b), new
+        slots[absent] = old.find(a[absent], b[absent])
+        return slots, new
+
+    def _set(self, slots, first, count):
+        self._first[slots], self._count[slots] = first, count
+
+    def _set_table(self, table):
+        self._table = table
+        self._first, self._count = np.zeros(table.size, np.int32), np.zeros(table.size, np.uint8)
+
+    @cached_property
+    def _closing(self):
+        """Whether each code point is a closing letter, see `borders.py` (bool)."""
+        closing = np.zeros(0x110000, bool)
+        closing[list(map(ord, self._pieces.cut.closing))] = True
+        return closing
