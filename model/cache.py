@@ -1,7 +1,8 @@
 """The KV cache: one preallocated tensor for all layers, and how many tokens of each row it holds.
 
 Rows may have different lengths. Row b occupies slots 0 to lengths[b] - 1 of its own, so a token's slot is its position
-and no row pays for another's padding. The lengths live on the host, where generation already knows them.
+and no row pays for another's padding. The lengths live on the host, where generation already knows them; what a GPU
+needs of them is made once for all layers of a forward pass, and a decode step copies nothing there.
 """
 
 import torch
@@ -9,6 +10,35 @@ import torch
 from model.attention import attention
 
 STEP = 256  # slots by which the cache grows
+
+
+class PerRow:
+    """A number for each row, kept on the host by its owner and here as int32 [B] on a device, always in one place."""
+
+    def __init__(self, B, device):
+        self.tensor = torch.zeros(B, dtype=torch.int32, device=device)
+        self.known = [0] * B  # what the tensor holds; None: anything
+
+    def of(self, numbers):
+        """The tensor, holding `numbers`. They are copied to the device only if they did not all change by the same."""
+        changes = None if self.known is None else {new - old for new, old in zip(numbers, self.known)}
+        if changes is None or len(changes) > 1:
+            self.tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
+        elif changes != {0}:
+            self.tensor.add_(*changes)
+        self.known = list(numbers)
+        return self.tensor
+
+
+def grown_capacity(needed, n_positions):
+    """The capacity of a cache that has grown to hold `needed` tokens."""
+    return min(n_positions, -(-needed // STEP) * STEP)
+
+
+def store(held, new, slots):
+    """Writes new [B, H, T, D] into held [B, H, capacity, D], at slots [B, T] of each row."""
+    rows = torch.arange(held.shape[0], device=held.device)[:, None]  # [B, 1]
+    held.transpose(1, 2)[rows, slots] = new.transpose(1, 2)  # [B, T, H, D]
 
 
 class KVCache:
@@ -22,10 +52,12 @@ class KVCache:
     def __init__(self, config, batch_size, *, capacity=STEP, device=None, dtype=None):
         self.n_positions = config.n_positions
         shape = (config.n_layer, 2, batch_size, config.n_head, min(capacity, config.n_positions), config.head_dim)
-        self.data = torch.empty(shape, device=device, dtype=dtype)
+        # Zeros: where rows differ in length, weights that are 0 meet values that were never written; 0 * NaN is NaN.
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
         self.starts = None
         self.one_query_at_a_time = False
+        self._forget_device()
 
     @property
     def batch_size(self):
@@ -45,12 +77,14 @@ class KVCache:
         return max(self.lengths, default=0)
 
     def positions(self, T):
-        """The positions [B or 1, T] of the next T tokens of each row."""
-        first = self.lengths[:1] if self.is_uniform else self.lengths
-        return torch.tensor(first, device=self.data.device)[:, None] + torch.arange(T, device=self.data.device)
+        """The positions [B, T] of the T tokens that reserve() made room for, where rows differ in length."""
+        return self._slots
 
     def reserve(self, T):
-        """Makes room for T more tokens in the longest row. Raises ValueError where n_positions has none."""
+        """Makes room for T more tokens in the longest row, and finds out where they go, once for all layers.
+
+        Raises ValueError where n_positions has no room.
+        """
         needed = self.get_seq_length() + T
         if needed > self.n_positions:
             raise ValueError(
@@ -58,10 +92,21 @@ class KVCache:
                 f"n_positions is {self.n_positions}"
             )
         if needed > self.capacity:
-            capacity = min(self.n_positions, -(-needed // STEP) * STEP)
-            grown = self.data.new_empty((*self.data.shape[:4], capacity, self.data.shape[5]))
-            grown[..., : self.capacity, :].copy_(self.data)
-            self.data = grown
+            capacity = grown_capacity(needed, self.n_positions)
+            self.move(self.data.new_empty((*self.data.shape[:4], capacity, self.data.shape[5])))
+        self._slots, self._bounds = None, {"q_start": None, "kv_start": None}
+        if not self.is_uniform:
+            self._bounds["q_start"] = self._on_device("lengths")
+            self._slots = self._bounds["q_start"].long()[:, None] + torch.arange(T, device=self.data.device)  # [B, T]
+        if self.starts is not None:
+            self._bounds["kv_start"] = self._on_device("starts")
+
+    def move(self, data):
+        """Goes on in other memory: the tokens held are copied to `data`, which may have more slots."""
+        held = self.get_seq_length()
+        data[..., :held, :].copy_(self.data[..., :held, :])
+        data[..., held:, :].zero_()
+        self.data = data
 
     def attend(self, layer, q, k, v, counts, **options):
         """Stores k and v [B, H, T, D], and attends from q to all that the rows then hold.
@@ -76,9 +121,7 @@ class KVCache:
         if q.device.type == "cpu" and not is_alone and not options.get("return_weights"):
             return self._attend_by_row(q, keys, values, counts, options), None
         longest = self.get_seq_length() + T
-        q_start = None if self.is_uniform else torch.tensor(self.lengths, dtype=torch.int32, device=q.device)
-        starts = None if self.starts is None else torch.tensor(self.starts, dtype=torch.int32, device=q.device)
-        return attention(q, keys[:, :, :longest], values[:, :, :longest], q_start=q_start, kv_start=starts, **options)
+        return attention(q, keys[:, :, :longest], values[:, :, :longest], **self._bounds, **options)
 
     def advance(self, counts):
         """Counts the tokens that every layer has stored by now."""
@@ -96,6 +139,7 @@ class KVCache:
         rows = index.tolist()
         self.lengths = [self.lengths[row] for row in rows]
         self.starts = None if self.starts is None else [self.starts[row] for row in rows]
+        self._forget_device()
 
     def reset(self):
         """Forgets everything and keeps the memory."""
@@ -107,7 +151,18 @@ class KVCache:
         view = object.__new__(KVCache)
         view.__dict__.update(self.__dict__, data=self.data[:, :, b : b + 1], lengths=[self.lengths[b]])
         view.starts = None if self.starts is None else [self.starts[b]]
+        view._forget_device()
         return view
+
+    def _forget_device(self):
+        """The rows are others now: what the device knew of them is void."""
+        self._per_row, self._slots, self._bounds = {}, None, {}
+
+    def _on_device(self, name):
+        """The attribute `name`, a list with a number for each row, as int32 [B]."""
+        if name not in self._per_row:
+            self._per_row[name] = PerRow(self.batch_size, self.data.device)
+        return self._per_row[name].of(getattr(self, name))
 
     def _store(self, layer, k, v):
         T = k.shape[2]
@@ -116,10 +171,8 @@ class KVCache:
             self.data[layer, 0, :, :, slots].copy_(k)
             self.data[layer, 1, :, :, slots].copy_(v)
             return
-        rows = torch.arange(self.batch_size, device=k.device)[:, None]  # [B, 1]
-        slots = self.positions(T)  # [B, T]
         for held, new in zip(self.data[layer], (k, v)):
-            held.transpose(1, 2)[rows, slots] = new.transpose(1, 2)  # [B, T, H, D]
+            store(held, new, self._slots)
 
     def _attend_by_row(self, q, keys, values, counts, options):
         """Each row by itself and at its own length, so that its result is the one it has alone, to the bit.

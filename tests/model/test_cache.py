@@ -1,12 +1,14 @@
 """A forward pass that continues from a cache gives the logits of one over the whole text."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from lanes import across_lanes
 from peers import padded_batch, pair, spread, tiny_config
 
 from model import GPT2
-from model.cache import STEP, KVCache
+from model.cache import STEP, KVCache, PerRow
 
 BOUND = 2e-5
 
@@ -116,6 +118,38 @@ def test_a_step_writes_into_the_cache_in_place():
     assert cache.data.data_ptr() == address
     assert torch.equal(cache.data[..., :5, :], before)
     assert logits.isfinite().all()  # what lies beyond a row is not read
+
+
+@contextmanager
+def new_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_memory_that_was_never_written_does_not_matter():
+    """Regression: a weight of 0 met it in a row shorter than another, where it may be NaN. CPUs attend by row."""
+    model = spread(GPT2(tiny_config(), attn_implementation="eager")).eval()
+    ids, mask = padded_batch(101, [9, 3], 9)
+    new = torch.randint(0, 101, (3, 2, 1))
+    with torch.no_grad(), new_memory_is_nan():
+        cache = model(ids, attention_mask=mask).past_key_values
+        for token in new:
+            logits = model(token, past_key_values=cache, output_attentions=True).logits  # all rows at once
+    text = torch.cat((ids[1, :3], new[:, 1, 0]))[None]
+    torch.testing.assert_close(logits[1], whole(model, text)[0, -1:].detach(), rtol=0, atol=BOUND)
+
+
+def test_what_a_device_is_told_of_the_rows():
+    """Numbers that all change by the same are followed on the device; others are copied; the tensor stays in place."""
+    rows = PerRow(3, "cpu")
+    address = rows.tensor.data_ptr()
+    for numbers in ([4, 4, 4], [5, 5, 5], [9, 2, 0], [10, 3, 1], [10, 3, 1], [8, 1, -1]):
+        assert rows.of(numbers).tolist() == numbers
+    assert rows.tensor.data_ptr() == address
 
 
 def test_crop_reorder_and_reset():
