@@ -1,6 +1,7 @@
 """From logits to the next token: the processors of Hugging Face's generate, in its order, and sampling by row.
 
-A processor maps (ids [R, L], scores [R, V]) to scores; all rows of one call are equally long and hold no padding.
+A processor maps (ids [R, L], scores [R, V]) to scores; all rows of one call are equally long and hold no padding. None
+here makes a GPU's host wait: no tensor is made from host numbers, and no mask selects an unknown number of values.
 """
 
 import math
@@ -28,11 +29,9 @@ def no_repeat_ngram(n):
         if n > L:
             return scores
         windows = ids.unfold(1, n, 1)  # [R, L - n + 1, n]
-        repeats = (windows[..., :-1] == ids[:, None, L + 1 - n :]).all(-1)
-        scores = scores.clone()
-        for row, repeat, window in zip(scores, repeats, windows):
-            row[window[repeat][:, -1]] = NEVER
-        return scores
+        repeats = (windows[..., :-1] == ids[:, None, L + 1 - n :]).all(-1)  # [R, L - n + 1]
+        limits = scores.new_full(repeats.shape, math.inf).masked_fill(repeats, NEVER)
+        return scores.scatter_reduce(1, windows[..., -1], limits, "amin")
 
     return process
 
@@ -44,8 +43,10 @@ def bad_words(sequences):
         scores = scores.clone()
         for *prefix, last in sequences:
             if len(prefix) <= ids.shape[1]:
-                said = (ids[:, ids.shape[1] - len(prefix) :] == ids.new_tensor(prefix)).all(-1)
-                scores[said, last] = NEVER
+                said = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+                for back, token in enumerate(reversed(prefix), start=1):
+                    said &= ids[:, -back] == token
+                scores[:, last].masked_fill_(said, NEVER)
         return scores
 
     return process
@@ -57,7 +58,10 @@ def min_length(length, eos):
     def process(ids, scores):
         if ids.shape[1] >= length:
             return scores
-        return scores.index_fill(1, torch.tensor(eos, device=scores.device), NEVER)
+        scores = scores.clone()
+        for token in eos:
+            scores[:, token].fill_(NEVER)
+        return scores
 
     return process
 
