@@ -49,6 +49,7 @@ class AttentionBackend:
     dropout: bool = True
     unequal_lengths: bool = True
     weights: bool = False
+    capturable: bool = False  # in a CUDA graph: it asks the device for no value and keeps nothing from call to call
 
     def refusal(
         self, *, device, dtype, head_dim, padding=False, dropout=False, unequal_lengths=False, weights=False
@@ -213,14 +214,14 @@ def self_attention(
     return o.transpose(1, 2).reshape(B, T, three_C // 3)
 
 
-@register_attention("eager", weights=True)
+@register_attention("eager", weights=True, capturable=True)
 def _eager(q, k, v, *, return_weights, **options):
     o, p = reference.attention(q, k, v, **options)
     o = o.transpose(1, 2).contiguous().transpose(1, 2)  # memory order [B, T, H, D]
     return o, p if return_weights else None
 
 
-@register_attention("sdpa")
+@register_attention("sdpa", capturable=True)
 def _sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights):
     """torch.nn.functional.scaled_dot_product_attention. Padding costs it a boolean [B, 1, T_q, T_k] mask."""
     T_q, T_k = q.shape[-2], k.shape[-2]
@@ -241,6 +242,7 @@ def _sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcas
     projection=flash_attention_packed,
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
     max_head_dim=MAX_HEAD_DIM,
+    capturable=True,
 )
 def _triton(q, k, v, *, upcast, return_weights, **options):
     """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""

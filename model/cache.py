@@ -35,10 +35,15 @@ def grown_capacity(needed, n_positions):
     return min(n_positions, -(-needed // STEP) * STEP)
 
 
-def store(held, new, slots):
-    """Writes new [B, H, T, D] into held [B, H, capacity, D], at slots [B, T] of each row."""
-    rows = torch.arange(held.shape[0], device=held.device)[:, None]  # [B, 1]
-    held.transpose(1, 2)[rows, slots] = new.transpose(1, 2)  # [B, T, H, D]
+def next_places(lengths, T):
+    """Where the next T tokens go after lengths [B] int32: rows [B, 1] and slots [B, T], an index for store()."""
+    rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+    return rows, lengths.long()[:, None] + torch.arange(T, device=lengths.device)
+
+
+def store(held, new, places):
+    """Writes new [B, H, T, D] into held [B, H, capacity, D]."""
+    held.transpose(1, 2)[places] = new.transpose(1, 2)  # [B, T, H, D]
 
 
 class KVCache:
@@ -78,7 +83,7 @@ class KVCache:
 
     def positions(self, T):
         """The positions [B, T] of the T tokens that reserve() made room for, where rows differ in length."""
-        return self._slots
+        return self._places[1]
 
     def reserve(self, T):
         """Makes room for T more tokens in the longest row, and finds out where they go, once for all layers.
@@ -94,10 +99,10 @@ class KVCache:
         if needed > self.capacity:
             capacity = grown_capacity(needed, self.n_positions)
             self.move(self.data.new_empty((*self.data.shape[:4], capacity, self.data.shape[5])))
-        self._slots, self._bounds = None, {"q_start": None, "kv_start": None}
+        self._places, self._bounds = None, {"q_start": None, "kv_start": None}
         if not self.is_uniform:
             self._bounds["q_start"] = self._on_device("lengths")
-            self._slots = self._bounds["q_start"].long()[:, None] + torch.arange(T, device=self.data.device)  # [B, T]
+            self._places = next_places(self._bounds["q_start"], T)
         if self.starts is not None:
             self._bounds["kv_start"] = self._on_device("starts")
 
@@ -156,7 +161,7 @@ class KVCache:
 
     def _forget_device(self):
         """The rows are others now: what the device knew of them is void."""
-        self._per_row, self._slots, self._bounds = {}, None, {}
+        self._per_row, self._places, self._bounds = {}, None, {}
 
     def _on_device(self, name):
         """The attribute `name`, a list with a number for each row, as int32 [B]."""
@@ -172,7 +177,7 @@ class KVCache:
             self.data[layer, 1, :, :, slots].copy_(v)
             return
         for held, new in zip(self.data[layer], (k, v)):
-            store(held, new, self._slots)
+            store(held, new, self._places)
 
     def _attend_by_row(self, q, keys, values, counts, options):
         """Each row by itself and at its own length, so that its result is the one it has alone, to the bit.

@@ -3,14 +3,20 @@
 The prompts of a batch are taken without their padding: the cache holds each row from its own position 0, so that a row
 gives the tokens that it gives alone. On a CPU that holds to the bit, in every backend (see model/linear.py and
 KVCache.attend); on a GPU as far as its matrix products are independent of the number of rows.
+
+On a GPU a decode step is one replayed CUDA graph (model/graph.py), and the host, which runs ahead of the device, looks
+at the tokens every SYNC_EVERY steps alone; only a streamer, stop strings and the caller's own functions see more of
+them.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from model.beam import beam_search
 from model.cache import KVCache
+from model.graph import DecodeGraphs, GraphedSteps, refusal
 from model.inputs import padding_bounds
 from model.linear import Linear
 from model.lookup import decode_with_lookup
@@ -24,6 +30,8 @@ SYNC_EVERY = 16  # steps after which a GPU is asked whether all rows have ended
 
 class GenerationMixin:
     """generate() for a model with `transformer`, `lm_head` and `config`."""
+
+    _graphs = None
 
     @torch.no_grad()
     def generate(
@@ -52,9 +60,13 @@ class GenerationMixin:
         bad_words_ids, num_beams, num_return_sequences, length_penalty, early_stopping, use_cache, with Hugging Face's
         meaning and defaults;
         sliding_window: past n_positions, drop the older half of a row's tokens instead of refusing;
-        num_beams > 1 with do_sample: beam sampling; the candidates of each step are drawn.
-        prompt_lookup_num_tokens: draft so many tokens from earlier repetitions; greedy, the same tokens. Several rows
-        are continued one after the other.
+        num_beams > 1 with do_sample: beam sampling; the candidates of each step are drawn;
+        prompt_lookup_num_tokens: draft so many tokens from earlier repetitions; greedy, the same tokens; several rows
+        are continued one after the other;
+        cuda_graph: on a GPU, capture the decode step of greedy decoding and sampling, once for each number of rows and
+        each 256 tokens of length, and replay it. The graphs and their cache memory stay with the model until
+        release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger "model.graph" says
+        why. False: never.
         eos_token_id: one or several, by default the config's; [] for none.
         seed: one (row r gets seed + r), or one per row: a row's sample then depends on nothing else in the batch.
         stopping_criteria: functions (ids [R, L], scores) -> bool [R]; logits_processor: (ids, scores) -> scores; both
@@ -79,12 +91,14 @@ class GenerationMixin:
         run = Decoding(self, settings, prompts, budgets, stops, eos, list(logits_processor or ()), streamer)
         run.fill = pad if pad is not None else eos[0] if eos else 0
         run.output_scores = output_scores
-        if settings.num_beams > 1:
-            output = run.beams(seed)
-        elif settings.prompt_lookup_num_tokens:
-            output = run.lookup()
-        else:
-            output = run.tokens(seed)
+        run.returns_cache = return_dict_in_generate
+        with self.graphed_steps(settings) or nullcontext() as run.graphed:
+            if settings.num_beams > 1:
+                output = run.beams(seed)
+            elif settings.prompt_lookup_num_tokens:
+                output = run.lookup()
+            else:
+                output = run.tokens(seed)
         if streamer is not None:
             streamer.end()
         return output if return_dict_in_generate else output.sequences
@@ -95,6 +109,27 @@ class GenerationMixin:
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+
+    def graphed_steps(self, settings):
+        """The replayed decode steps of one call of generate, or None, with the reason logged, where they cannot be."""
+        if not settings.cuda_graph:
+            return None
+        if self._graphs is None:
+            self._graphs = DecodeGraphs()
+        reason = refusal(self, settings)
+        if reason is not None:
+            self._graphs.tell(reason)
+            return None
+        return GraphedSteps(self, self._graphs)
+
+    def release_graphs(self):
+        """Lets go of the captured decode steps and of their memory; generate() captures them anew."""
+        self._graphs = None
+
+    def train(self, mode=True):
+        if mode:
+            self.release_graphs()
+        return super().train(mode)
 
     def _prompts(self, input_ids, attention_mask, pad):
         """The prompts as a list of ids [L], without padding."""
@@ -134,6 +169,8 @@ class Decoding:
     streamer: object = None
     fill: int = 0
     output_scores: bool = False
+    returns_cache: bool = False
+    graphed: GraphedSteps | None = None
     forward_passes: int = 0
 
     def tokens(self, seed):
@@ -164,11 +201,12 @@ class Decoding:
         is_going = torch.ones(R, dtype=torch.bool, device=device)
         said = torch.zeros(R, dtype=torch.long, device=device)
         kept_scores = []
+        copies = self.output_scores or bool(self.extra)  # a graph's next logits stand where the last ones stood
         self._stream(ids[0, :width])
 
         for step in range(steps):
             column = width + step
-            scores = logits.float()
+            scores = logits.to(torch.float32, copy=copies)
             if processors[0]:
                 scores = torch.cat([_apply(processors[r.start], ids[r, a:column], scores[r]) for r, a in groups])
             for warp in warpers:
@@ -176,7 +214,7 @@ class Decoding:
             if self.output_scores:
                 kept_scores.append(scores)
             token = draw(scores, uniform[:, step]) if settings.do_sample else scores.argmax(-1)
-            token = torch.where(is_going, token, self.fill)
+            token = token.masked_fill(~is_going, self.fill)
             ids[:, column] = token
             self._stream(token)
             said += is_going
@@ -192,6 +230,8 @@ class Decoding:
             logits = self.decode(ids, first, column + 1)
 
         length = int(said.max())
+        if self.graphed is not None and self.returns_cache:
+            self.graphed.detach(self.cache)
         return GenerateOutput(
             sequences=ids[:, : width + length],
             scores=tuple(kept_scores[:length]) if self.output_scores else None,
@@ -222,7 +262,14 @@ class Decoding:
                 keep = n_positions // 2
                 self._run([ids[r, end - 1 - keep : end - 1]], row)
             self.cache.lengths[r] = row.lengths[0]  # 0 where the row has ended and only fills its column
-        return self._run(list(ids[:, end - 1 : end]), self.cache)
+        new = ids[:, end - 1 : end]
+        if self.graphed is not None:
+            logits = self.graphed.step(new, self.cache)
+            if logits is not None:
+                self.forward_passes += 1
+                return logits
+            self.graphed = None  # its capture failed
+        return self._run(list(new), self.cache)
 
     def beams(self, seed):
         """Beam search or sampling; prompts of different lengths one after the other, as each would go alone."""

@@ -26,6 +26,7 @@ class Settings:
     prompt_lookup_num_tokens: int = 0
     sliding_window: bool = False
     use_cache: bool = True
+    cuda_graph: bool = True
 
     def __post_init__(self):
         for name, is_right, required in (

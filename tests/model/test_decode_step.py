@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT2
 from model.cache import KVCache
+from model.graph import DecodeStep
 
 
 class Counting(TorchDispatchMode):
@@ -26,6 +27,20 @@ class Counting(TorchDispatchMode):
             self.operations[function.overloadpacket.__name__] += 1
         self.bytes += sum(made.values())
         return outputs
+
+
+class ByName(TorchDispatchMode):
+    """Counts operations other than views, by name, also where there is no memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [result.alias_info for result in function._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):
+            self.operations[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def _tensors(values):
@@ -84,3 +99,32 @@ def test_a_step_allocates_its_activations_and_logits_and_no_more(model):
     for B in (1, 4):
         floats = config.n_layer * 20 * config.n_embd + 4 * config.n_embd + config.vocab_size
         assert count(model, B, 40).bytes <= 4 * 2 * B * floats
+
+
+def test_the_captured_step_with_our_kernels():
+    """Counted on "meta": the operations that a GPU would be given.
+
+    A layer: four products, a GELU with its bias, two additions with their norms, one write each for k and v, and one
+    attention (the split-KV kernel and its merge). Once: embeddings, the first norm, the head, and where the token goes.
+    """
+    model = GPT2(tiny_config(), attn_implementation="triton", kernel_implementation="triton").to("meta").eval()
+    layers = model.config.n_layer
+    with torch.no_grad():
+        step = DecodeStep(model, 2, 256)
+        with ByName() as counted:
+            step.run(model)
+    counted = counted.operations
+    assert counted.pop("addmm") == 3 * layers
+    assert counted.pop("mm") == layers + 1  # and the head
+    assert counted.pop("bias_gelu_forward") == layers
+    assert counted.pop("add_layer_norm_forward") == 2 * layers
+    assert counted.pop("index_put_") == 2 * layers
+    assert counted.pop("attention_decode") == layers
+    assert counted.pop("layer_norm_forward") == 1
+    assert counted.pop("embedding") == 2
+    assert counted.pop("add") == 3  # token + position; the slot; the end of the row
+    assert counted.pop("arange") == 2
+    assert counted.pop("_to_copy") == 1
+    assert counted.pop("copy_") == 1
+    assert counted.pop("add_") == 1
+    assert not counted

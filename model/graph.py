@@ -1,0 +1,227 @@
+"""The decode step as a CUDA graph: one launch for each token, where the ordinary step makes hundreds.
+
+A graph is captured for a number of rows and a capacity of the cache, 256 slots or a multiple. Whatever it reads and
+writes stands at one address: the new ids, the lengths of the rows, the cache's memory, the logits. The lengths are on
+the device and advance there, inside the graph; attention goes over the whole capacity and reads no key beyond a row's
+end. No number of the host enters, so that a replayed step is right at every length.
+
+The graphs of a model are kept from call to call, each with its cache memory; GPT2.release_graphs() gives it back.
+"""
+
+import logging
+
+import torch
+
+from model.attention import attention, get_attention
+from model.cache import KVCache, PerRow, grown_capacity, next_places, store
+
+DEVICES = ("cuda",)
+MAX_GRAPHS = 8  # kept by a model: two batch sizes at GPT-2's four capacities
+WARM_UPS = 2  # steps before the capture, in which kernels are compiled and libraries make their handles
+
+logger = logging.getLogger(__name__)
+
+
+def refusal(model, settings):
+    """Why the decode steps of this call of generate() cannot be replayed, in words, or None if they can."""
+    device, config = model.device, model.config
+    if device.type not in DEVICES:
+        return f"the model is on {device.type}"
+    request = {"device": device, "dtype": model.dtype, "head_dim": config.head_dim}
+    backend = get_attention(model.transformer.attn_implementation, **request)
+    cannot = backend.refusal(**request, padding=True, unequal_lengths=True)
+    for holds, reason in (
+        (torch.version.hip is not None, "on AMD GPUs nobody has tried it"),
+        (not settings.use_cache, "use_cache=False keeps no cache"),
+        (settings.num_beams > 1, "beam search reorders the cache at each step"),
+        (settings.prompt_lookup_num_tokens > 0, "prompt lookup feeds several tokens at once"),
+        (model.training, "the model is in training mode"),
+        (torch.is_autocast_enabled(device.type), "autocast is on"),
+        (any(map(_has_hooks, model.modules())), "a module has forward hooks, which run on the host"),
+        (not backend.capturable, f"attention backend {backend.name!r} is not declared capturable"),
+        (cannot is not None, f"attention backend {backend.name!r} does not support {cannot}"),
+    ):
+        if holds:
+            return reason
+    return None
+
+
+def capture(step, device):
+    """The CUDA graph of step(), which runs WARM_UPS times before. Raises what the step or the capture raises."""
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    # Entered once more, the current stream comes back when a capture fails: torch.cuda.graph leaves its own behind.
+    with torch.cuda.device(device), torch.cuda.stream(current):
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                step()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Each graph has a memory pool of its own: two that share one must never run at the same time.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            step()
+    return graph
+
+
+class DecodeStep:
+    """The step that is captured: one token for each of B rows. To the model it is the cache; see KVCache.
+
+    ids [B, 1], lengths [B] int32 and data, as KVCache has it, go in; logits [B, V] fp32 come out; lengths advances.
+    """
+
+    is_uniform = False  # as far as the host knows
+
+    def __init__(self, model, B, capacity):
+        config, device = model.config, model.device
+        self.batch_size = B
+        self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.lengths = PerRow(B, device)
+        self.data = KVCache(config, B, capacity=capacity, device=device, dtype=model.dtype).data
+        self.logits = torch.zeros(B, config.vocab_size, device=device)
+
+    def run(self, model):
+        x = model.transformer(self.ids, past_key_values=self, return_dict=True).last_hidden_state  # [B, 1, C]
+        self.logits.copy_(model.lm_head(x[:, -1]))
+
+    def reserve(self, T):
+        self.places = next_places(self.lengths.tensor, T)
+        self.ends = self.lengths.tensor + T  # [B]
+
+    def positions(self, T):
+        return self.places[1]
+
+    def attend(self, layer, q, k, v, counts, **options):
+        keys, values = self.data[layer]  # each [B, H, capacity, D]
+        store(keys, k, self.places)
+        store(values, v, self.places)
+        # For a single query the causal bound and the end of its row are one.
+        return attention(q, keys, values, causal=False, kv_end=self.ends, **options)
+
+    def advance(self, counts):
+        self.lengths.tensor.add_(1)
+
+
+class DecodeGraph:
+    """A captured DecodeStep with its memory."""
+
+    def __init__(self, model, B, capacity):
+        # Made in inference mode, its tensors could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.step = DecodeStep(model, B, capacity)
+            self.graph = capture(lambda: self.step.run(model), model.device)
+        self.step.lengths.known = None  # the warm-ups have advanced it
+
+    @property
+    def data(self):
+        return self.step.data
+
+    @property
+    def capacity(self):
+        return self.data.shape[4]
+
+    def __call__(self, ids, cache):
+        """Logits [B, V] fp32 after ids [B, 1], in memory that the next call overwrites; `cache` lies in `data`."""
+        self.step.ids.copy_(ids)
+        self.step.lengths.of(cache.lengths)
+        self.graph.replay()
+        cache.advance([1] * cache.batch_size)
+        self.step.lengths.known = list(cache.lengths)
+        return self.step.logits
+
+
+class DecodeGraphs:
+    """The graphs that a model keeps, at most MAX_GRAPHS: the one used longest ago goes first.
+
+    A graph in use is not among them, so that two threads never share one. One whose weights were replaced by others
+    is let go; weights changed in place are the same weights.
+    """
+
+    def __init__(self):
+        self.kept, self.failed, self.told = {}, set(), set()
+
+    def tell(self, reason, level=logging.INFO):
+        """Logs, once, why the ordinary step runs."""
+        if reason not in self.told:
+            self.told.add(reason)
+            logger.log(level, "generate: decoding without a CUDA graph: %s", reason)
+
+    def take(self, model, B, capacity):
+        """(key, graph), captured if none is kept; the graph is None if its capture failed, now or before."""
+        weights = _addresses(model)
+        self.kept = {key: graph for key, graph in self.kept.items() if key[0] == weights}
+        kernels, name = model.transformer.kernel_implementation, model.transformer.attn_implementation
+        key = (weights, kernels, name, B, capacity)
+        graph = self.kept.pop(key, None)
+        if graph is None and key not in self.failed:
+            while len(self.kept) >= MAX_GRAPHS:
+                del self.kept[next(iter(self.kept))]
+            try:
+                graph = DecodeGraph(model, B, capacity)
+            except Exception as error:
+                self.failed.add(key)
+                self.tell(f"its capture failed: {type(error).__name__}: {error}", logging.WARNING)
+        return key, graph
+
+    def give_back(self, key, graph):
+        self.kept[key] = graph
+        while len(self.kept) > MAX_GRAPHS:
+            del self.kept[next(iter(self.kept))]
+
+    def __deepcopy__(self, memo):
+        return None  # the copy's weights are others
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class GraphedSteps:
+    """The decode steps of one call of generate(): from graph to graph as its cache grows.
+
+    Used in a `with` block: at its end the last graph goes back to those that the model keeps.
+    """
+
+    def __init__(self, model, graphs):
+        self.model, self.graphs = model, graphs
+        self.key = self.graph = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._give_back()
+
+    def step(self, ids, cache):
+        """Logits [B, V] after ids [B, 1], overwritten by the next step; None, with `cache` as it was, if that failed.
+
+        `cache` then lies in a graph's memory; detach() takes it out.
+        """
+        needed = cache.get_seq_length() + 1
+        if self.graph is None or self.graph.capacity < needed:
+            key, graph = self.graphs.take(self.model, cache.batch_size, grown_capacity(needed, cache.n_positions))
+            if graph is None:
+                self.detach(cache)
+                return None
+            cache.move(graph.data)
+            self._give_back()
+            self.key, self.graph = key, graph
+        return self.graph(ids, cache)
+
+    def detach(self, cache):
+        """Gives the cache memory of its own."""
+        if self.graph is not None and cache.data is self.graph.data:
+            cache.data = cache.data.clone()
+
+    def _give_back(self):
+        if self.graph is not None:
+            self.graphs.give_back(self.key, self.graph)
+        self.key = self.graph = None
+
+
+def _addresses(model):
+    """What a graph knows of the weights and buffers: where they are, and what they look like."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in tensors)
+
+
+def _has_hooks(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,0 +1,554 @@
+"""The captured decode step: it says what the ordinary step says, and it is captured, kept and let go as it should be.
+
+Where there is no GPU, `Recording` stands in for the CUDA graph. The tests under the mark `gpu` use real ones.
+"""
+
+import copy
+import logging
+import pickle
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from lanes import across_lanes
+from peers import TALKATIVE, spread, tiny_config
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT2
+from model import cache as cache_module
+from model import graph as graph_module
+from model.attention import register_attention
+from model.cache import KVCache
+from model.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep
+from model.settings import Settings
+
+PROMPTS = [[5, 17, 80, 2, 9, 11], [7], [20, 21, 22]]
+UNIFORM = [[5, 17, 80], [90, 1, 33]]
+STEP = 8  # the cache's, so that tiny models go through several capacities
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph's stand-in: the operations of one step with their arguments, run again on the same memory.
+
+    As in a CUDA graph, the numbers of the host are those of the capture and every tensor stays at its address.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, outputs))
+        return outputs
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, outputs in self.calls:
+            for old, new in zip(_tensors(outputs), _tensors(function(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+def _tensors(outputs):
+    return [x for x in (outputs if isinstance(outputs, list | tuple) else [outputs]) if isinstance(x, torch.Tensor)]
+
+
+class Captures(list):
+    """The recordings made, in their order. As `capture` does, it runs the step before."""
+
+    def __call__(self, step, device):
+        step()
+        with Recording() as recording:
+            step()
+        self.append(recording)
+        return recording
+
+    @property
+    def replays(self):
+        return [recording.replays for recording in self]
+
+
+@pytest.fixture(autouse=True)
+def _small_steps(monkeypatch):
+    monkeypatch.setattr(cache_module, "STEP", STEP)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Lets a CPU capture, by Recording."""
+    made = Captures()
+    monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graph_module, "capture", made)
+    return made
+
+
+def talkative(backend="sdpa", **fields):
+    return spread(GPT2(tiny_config(**fields), attn_implementation=backend), TALKATIVE).eval()
+
+
+@pytest.fixture
+def model():
+    return talkative(n_layer=2)
+
+
+def say(model, prompts, *, max_new_tokens=12, **options):
+    options = {"eos_token_id": [], "return_dict_in_generate": True, "output_scores": True, **options}
+    return model.generate(prompts, max_new_tokens=max_new_tokens, **options)
+
+
+def assert_says_the_same(model, prompts, *, exactly=False, **options):
+    """With graphs as without: the tokens, and the scores that they were chosen by."""
+    graphed, plain = (say(model, prompts, cuda_graph=on, **options) for on in (True, False))
+    assert torch.equal(graphed.sequences, plain.sequences)
+    assert graphed.forward_passes == plain.forward_passes
+    for ours, theirs in zip(graphed.scores, plain.scores, strict=True):
+        if exactly:
+            assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    assert graphed.past_key_values.lengths == plain.past_key_values.lengths
+    return graphed
+
+
+class TestTheStep:
+    @pytest.mark.parametrize("prompts", [UNIFORM, PROMPTS, PROMPTS[:1]], ids=["uniform", "ragged", "one"])
+    @pytest.mark.parametrize("backend", ["eager", "sdpa"])
+    def test_says_what_the_ordinary_step_says(self, captures, backend, prompts):
+        """Over three capacities of the cache, with a graph for each."""
+        assert_says_the_same(talkative(backend), prompts, max_new_tokens=20)
+        longest = max(map(len, prompts))
+        held = range(longest, longest + 19)  # before each step
+        assert captures.replays == [sum(t // STEP == n for t in held) for n in sorted({t // STEP for t in held})]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"do_sample": True, "seed": 3, "top_p": 0.9},
+            {"do_sample": True, "seed": 3, "num_return_sequences": 2},
+            {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[4], [5, 6]]},
+            {"min_new_tokens": 6, "eos_token_id": list(range(0, 101, 2))},
+            {"stopping_criteria": [lambda ids, scores: ids[:, -1] > 80]},
+            {"logits_processor": [lambda ids, scores: scores.mul_(-1)]},
+            {"max_new_tokens": None, "max_length": 64},
+            {"max_new_tokens": 90, "sliding_window": True},
+        ],
+        ids=lambda options: "+".join(options),
+    )
+    def test_in_every_kind_of_decoding(self, captures, options, model):
+        assert_says_the_same(model, PROMPTS, **options)
+        assert sum(captures.replays) > 3
+
+    @across_lanes()
+    def test_with_our_kernels_to_the_bit(self, lane, monkeypatch):
+        if lane.device == "cpu":
+            monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+            monkeypatch.setattr(graph_module, "capture", Captures())
+        config = tiny_config(n_layer=1)
+        model = GPT2(config, attn_implementation="triton", kernel_implementation="triton")
+        model = spread(model, TALKATIVE).eval().to(lane.device)
+        assert_says_the_same(model, PROMPTS, exactly=True, max_new_tokens=5)
+        assert len(model._graphs.kept) == 2
+
+    def test_reads_nothing_beyond_a_rows_end_and_writes_one_slot(self, model):
+        with torch.no_grad():
+            step = DecodeStep(model, 2, 16)
+            step.lengths.of([5, 2])
+            step.data.normal_()
+            before = step.data.clone()
+            step.run(model)
+            logits, changed = step.logits.clone(), (step.data != before).any(-1)  # [n_layer, 2, B, H, capacity]
+            assert changed.sum((0, 1, 3)).tolist() == [[0] * n + [2 * 2 * 3] + [0] * (15 - n) for n in (5, 2)]
+            step.lengths.tensor.sub_(1)
+            step.data[:, :, 0, :, 6:] = 99.0
+            step.data[:, :, 1, :, 3:] = -99.0
+            step.run(model)
+        assert torch.equal(step.logits, logits)
+        assert step.lengths.tensor.tolist() == [6, 3]
+
+    def test_keeps_its_addresses_and_advances_in_place(self, model):
+        with torch.no_grad():
+            step = DecodeStep(model, 3, 16)
+            state = (step.ids, step.lengths.tensor, step.data, step.logits)
+            addresses = [tensor.data_ptr() for tensor in state]
+            for t in range(1, 5):
+                step.run(model)
+                assert [tensor.data_ptr() for tensor in state] == addresses
+                assert state == (step.ids, step.lengths.tensor, step.data, step.logits)
+                assert step.lengths.tensor.tolist() == [t] * 3
+
+
+@contextmanager
+def no_waiting():
+    """Refuses what would make a GPU's host wait, for tensors on "meta", which stands for the GPU.
+
+    That is to read a value, to learn the size of a result from its values, and to copy from the host.
+    """
+    with FromTheHost(), ToTheHost():
+        yield
+
+
+class FromTheHost(TorchFunctionMode):
+    """Refuses tensors made of host numbers: on "meta" torch makes them without a copy that the other mode could see."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), f"{function} copies"
+        return function(*args, **(kwargs or {}))
+
+
+class ToTheHost(TorchDispatchMode):
+    VALUES = ("_local_scalar_dense", "nonzero", "item", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.VALUES), f"{function} waits for the device"
+        devices = {tensor.device.type for tensor in _flat([*args, *(kwargs or {}).values()])}
+        result = function(*args, **(kwargs or {}))
+        devices |= {tensor.device.type for tensor in _flat([result])}
+        assert len(devices) <= 1, f"{function} copies between host and device"
+        return result
+
+
+def _flat(values):
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [x for value in values for x in _flat(value)] if isinstance(values, list | tuple) else []
+
+
+@pytest.fixture
+def on_meta():
+    model = GPT2(tiny_config(), attn_implementation="triton", kernel_implementation="triton")
+    return model.to("meta").eval()
+
+
+class TestNothingWaits:
+    def test_the_guard_itself(self):
+        x = torch.ones(3, device="meta")
+        waiting = (
+            lambda: torch.tensor([1, 2], device="meta"),
+            lambda: x.new_tensor([1, 2]),
+            lambda: x.where(x > 1, torch.tensor(2.0)),
+            lambda: x.to("cpu"),
+            lambda: x.sum().item(),
+            lambda: x[x > 1],
+        )
+        for wait in waiting:
+            with no_waiting(), pytest.raises((AssertionError, RuntimeError)):
+                wait()
+
+    @pytest.mark.parametrize("backend", ["triton", "sdpa", "eager"])
+    def test_in_the_captured_step(self, on_meta, backend):
+        on_meta.set_attn_implementation(backend)
+        with torch.no_grad():
+            step = DecodeStep(on_meta, 3, 16)
+            with no_waiting():
+                step.run(on_meta)
+
+    @pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 1, 2]], ids=["uniform", "ragged"])
+    def test_in_the_ordinary_step(self, on_meta, lengths):
+        """The first step after a prefill may bring the lengths to the device; the others find them there."""
+        cache = KVCache(on_meta.config, 3, capacity=16, device="meta")
+        ids = torch.zeros(3, 1, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            cache.lengths = list(lengths)
+            on_meta(ids, past_key_values=cache)
+            with no_waiting():
+                for _ in range(3):
+                    on_meta(ids, past_key_values=cache)
+        assert cache.lengths == [length + 4 for length in lengths]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[4], [5, 6]], "min_length": 20},
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "min_p": 0.1},
+        ],
+        ids=["greedy", "processors", "warpers"],
+    )
+    @pytest.mark.parametrize("prompts", [UNIFORM, PROMPTS], ids=["uniform", "ragged"])
+    def test_in_the_choice_of_tokens(self, monkeypatch, on_meta, prompts, options):
+        """What stands between two steps: from a guarded first step to the next one's call."""
+        guard, steps = ExitStack(), []
+        monkeypatch.setattr("model.generation.Decoding.prefill", lambda run, prompts: logits.clone())
+
+        def decode(run, ids, first, end):
+            guard.close()
+            if len(steps) == 5:
+                raise StopIteration
+            steps.append(end)
+            guard.enter_context(no_waiting())
+            return logits.clone()
+
+        monkeypatch.setattr("model.generation.Decoding.decode", decode)
+        logits = torch.zeros(len(prompts), 101, device="meta")
+        with pytest.raises(StopIteration):
+            on_meta.generate(prompts, max_new_tokens=20, eos_token_id=[3, 4], **options)
+
+
+class TestWhatIsKept:
+    def test_a_graph_serves_later_calls(self, captures, model):
+        say(model, UNIFORM)
+        before = len(captures)
+        say(model, UNIFORM, do_sample=True)
+        assert len(captures) == before == 2  # capacities 8 and 16
+        say(model, UNIFORM[:1])
+        assert len(captures) == 4
+        assert len(model._graphs.kept) == 4
+
+    def test_no_more_than_a_few(self, captures, model):
+        for rows in range(1, MAX_GRAPHS + 3):
+            say(model, [[1]] * rows, max_new_tokens=3)
+        assert len(captures) == MAX_GRAPHS + 2
+        assert len(model._graphs.kept) == MAX_GRAPHS
+        say(model, [[1]] * rows, max_new_tokens=3)
+        assert len(captures) == MAX_GRAPHS + 2
+        say(model, [[1]], max_new_tokens=3)  # the first, which has gone
+        assert len(captures) == MAX_GRAPHS + 3
+
+    def test_weights_changed_in_place_are_seen_and_others_are_not_confused_with_them(self, monkeypatch, captures):
+        """A graph reads the weights where they were when it was captured."""
+        monkeypatch.setattr(GPT2, "pack_weights", lambda model: None)  # a recording would keep what was packed
+        model = talkative(n_layer=2)
+        other = talkative(n_layer=2)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.copy_(parameter.flatten().roll(1).view(parameter.shape))
+        first = assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+        assert len(captures) == 1
+        model.load_state_dict(other.state_dict())
+        second = assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+        assert len(captures) == 1
+        assert not torch.equal(first.scores[-1], second.scores[-1])
+        model.load_state_dict(talkative(n_layer=2).state_dict(), assign=True)
+        assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+        assert len(captures) == 2
+        assert len(model._graphs.kept) == 1
+        assert_says_the_same(model.double(), UNIFORM, max_new_tokens=4)
+        assert len(captures) == 3
+
+    def test_a_graph_for_each_backend(self, captures, model):
+        for name in ("sdpa", "eager", "sdpa"):
+            model.set_attn_implementation(name)
+            assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+        assert len(captures) == 2
+
+    def test_training_and_release_let_go_and_copies_have_none(self, captures, model):
+        say(model, UNIFORM)
+        assert copy.deepcopy(model)._graphs is None
+        assert pickle.loads(pickle.dumps(model))._graphs is None
+        model.release_graphs()
+        assert model._graphs is None
+        say(model, UNIFORM)
+        assert model._graphs.kept
+        assert model.train()._graphs is None
+        say(model.eval(), UNIFORM)
+        assert len(captures) == 6
+
+    def test_what_is_returned_stays_as_it_is(self, captures, model):
+        out = say(model, UNIFORM)
+        cache, scores = out.past_key_values, [score.clone() for score in out.scores]
+        data = cache.data.clone()
+        say(model, [[1, 2], [3, 4]])
+        assert torch.equal(cache.data, data)
+        assert all(torch.equal(a, b) for a, b in zip(out.scores, scores))
+        plain = say(model, UNIFORM, cuda_graph=False).past_key_values
+        with torch.no_grad():
+            ours, theirs = (model(out.sequences[:, -1:], past_key_values=held).logits for held in (cache, plain))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+    def test_a_graph_in_use_is_nobody_elses(self, captures, model):
+        """A call of generate inside another, as another thread might make it."""
+        inner = []
+
+        def criterion(ids, scores):
+            inner.append(model.generate(UNIFORM, max_new_tokens=4, eos_token_id=[]))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        out = assert_says_the_same(model, [[8, 9], [3, 1]], stopping_criteria=[criterion], max_new_tokens=6)
+        assert torch.equal(out.sequences, say(model, [[8, 9], [3, 1]], max_new_tokens=6).sequences)
+        assert all(torch.equal(one, inner[0]) for one in inner)
+
+    def test_in_inference_mode_and_out_of_it(self, captures, model):
+        with torch.inference_mode():
+            say(model, UNIFORM, max_new_tokens=4)
+        assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+        assert len(captures) == 1
+
+
+class TestFallingBack:
+    def said(self, caplog):
+        return [record.getMessage() for record in caplog.records if record.name == "model.graph"]
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"use_cache": False}, "use_cache=False keeps no cache"),
+            ({"num_beams": 2, "output_scores": False}, "beam search reorders the cache at each step"),
+            ({"prompt_lookup_num_tokens": 3, "output_scores": False}, "prompt lookup feeds several tokens at once"),
+        ],
+        ids=["use_cache", "beams", "lookup"],
+    )
+    def test_what_is_not_captured_is_said_once(self, captures, caplog, model, options, reason):
+        caplog.set_level(logging.INFO, "model.graph")
+        for _ in range(2):
+            say(model, UNIFORM[:1], **options)
+        assert self.said(caplog) == [f"generate: decoding without a CUDA graph: {reason}"]
+        assert not captures
+
+    def test_models_that_are_not_captured(self, captures, caplog, model):
+        caplog.set_level(logging.INFO, "model.graph")
+        say(model.train(), UNIFORM)
+        hook = model.eval().transformer.h[0].register_forward_hook(lambda *_: None)
+        say(model, UNIFORM)
+        hook.remove()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            say(model, UNIFORM)
+        assert [reason.rpartition(": ")[2] for reason in self.said(caplog)] == [
+            "the model is in training mode",
+            "a module has forward hooks, which run on the host",
+            "autocast is on",
+        ]
+        say(model, UNIFORM, cuda_graph=False)
+        assert len(self.said(caplog)) == 3
+        assert not captures
+
+    def test_on_a_cpu(self, caplog, model):
+        caplog.set_level(logging.INFO, "model.graph")
+        say(model, UNIFORM)
+        assert self.said(caplog) == ["generate: decoding without a CUDA graph: the model is on cpu"]
+
+    @pytest.mark.parametrize(
+        ("capabilities", "reason"),
+        [
+            ({}, "attention backend 'mine' is not declared capturable"),
+            ({"capturable": True, "padding": False}, "attention backend 'mine' does not support padding"),
+        ],
+        ids=["undeclared", "no-padding"],
+    )
+    def test_backends_from_outside(self, captures, caplog, monkeypatch, model, capabilities, reason):
+        from model import attention
+
+        monkeypatch.setattr(attention, "_BACKENDS", dict(attention._BACKENDS))
+        register_attention("mine", **capabilities)(attention._sdpa)
+        model.set_attn_implementation("mine")
+        caplog.set_level(logging.INFO, "model.graph")
+        say(model, UNIFORM)
+        assert self.said(caplog) == [f"generate: decoding without a CUDA graph: {reason}"]
+
+    @pytest.mark.parametrize("good", [0, 1, 2], ids=["at-once", "second", "third"])
+    def test_a_capture_that_fails(self, monkeypatch, captures, caplog, model, good):
+        """In the first capacity or a later one: the tokens are right, and each failure is tried and logged once."""
+        tried = []
+
+        def capture(step, device):
+            tried.append(step)
+            if len(tried) > good:
+                step()
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return captures(step, device)
+
+        monkeypatch.setattr(graph_module, "capture", capture)
+        out = assert_says_the_same(model, PROMPTS, max_new_tokens=24)
+        assert len(tried) == good + 1
+        [record] = [record for record in caplog.records if record.name == "model.graph"]
+        assert record.levelno == logging.WARNING
+        assert record.getMessage().endswith(
+            "its capture failed: RuntimeError: operation not permitted when stream is capturing"
+        )
+        say(model, PROMPTS)
+        assert len(tried) == good + 1
+        cache = out.past_key_values
+        with torch.no_grad():
+            model(out.sequences[:, -1:], past_key_values=cache)
+        assert cache.lengths == [len(prompt) + 24 for prompt in PROMPTS]
+
+
+def test_a_graph_is_asked_for_by_name(captures, model):
+    assert model.graphed_steps(Settings(cuda_graph=False)) is None
+    assert isinstance(model.graphed_steps(Settings()).graphs, DecodeGraphs)
+
+
+@pytest.mark.gpu
+class TestOnAGPU:
+    """The real thing. The tokens of the Triton kernels do not depend on the buffer, so they are equal to the bit."""
+
+    @pytest.fixture
+    def model(self):
+        return talkative("triton", n_layer=2).cuda()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("prompts", [UNIFORM, PROMPTS, PROMPTS[:1]], ids=["uniform", "ragged", "one"])
+    def test_says_what_the_ordinary_step_says_to_the_bit(self, model, prompts, dtype):
+        model.to(dtype)
+        assert_says_the_same(model, prompts, exactly=True, max_new_tokens=30)
+        assert model._graphs.kept
+        assert not model._graphs.failed
+
+    @pytest.mark.parametrize("backend", ["sdpa", "eager"])
+    def test_other_backends_are_captured(self, model, backend):
+        model.set_attn_implementation(backend)
+        assert_says_the_same(model, PROMPTS, max_new_tokens=20)
+        assert not model._graphs.failed
+
+    def test_one_launch_for_each_token_and_no_waiting(self, model):
+        """Twelve tokens, fewer than SYNC_EVERY: all of the loop, with torch told to raise where the host waits."""
+        from model.generation import Decoding
+
+        say(model, UNIFORM, max_new_tokens=14)
+        decode, launches = Decoding.decode, []
+
+        def watched(run, *arguments):
+            torch.cuda.set_sync_debug_mode("error")  # from here to the end of the loop, but for its last question
+            if len(launches) == 11:
+                torch.cuda.set_sync_debug_mode("default")
+            launches.append(run.forward_passes)
+            return decode(run, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Decoding, "decode", watched)
+            try:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    say(model, UNIFORM, max_new_tokens=13)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert len(launches) == 12
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts["cudaGraphLaunch"] == 12
+
+    def test_memory_stays_as_it_is_from_token_to_token(self, model):
+        say(model, UNIFORM, max_new_tokens=14)
+        held = []
+
+        def criterion(ids, scores):
+            held.append(torch.cuda.memory_allocated())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        model.generate(UNIFORM, max_new_tokens=14, eos_token_id=[], stopping_criteria=[criterion])
+        assert len(set(held[7:])) == 1  # the last capacity
+
+    def test_a_capture_that_fails_leaves_the_stream_and_the_model_usable(self, monkeypatch, caplog, model):
+        from model import attention
+
+        def waits(q, *arguments, **options):
+            q.sum().item()
+            return attention._sdpa(q, *arguments, **options)
+
+        monkeypatch.setattr(attention, "_BACKENDS", dict(attention._BACKENDS))
+        register_attention("waits", capturable=True)(waits)
+        model.set_attn_implementation("waits")
+        stream = torch.cuda.current_stream()
+        assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+        assert torch.cuda.current_stream() == stream
+        assert "its capture failed" in caplog.text
+        model.set_attn_implementation("triton")
+        assert_says_the_same(model, UNIFORM, max_new_tokens=4, exactly=True)
+        assert len(model._graphs.kept) == 1
+
+    def test_release_gives_the_memory_back(self, model):
+        before = torch.cuda.memory_allocated()
+        model.generate(UNIFORM, max_new_tokens=14)
+        assert torch.cuda.memory_allocated() > before
+        model.release_graphs()
+        # cuBLAS keeps its workspace for the stream of the capture.
+        assert torch.cuda.memory_allocated() - before < 2**27
