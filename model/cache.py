@@ -20,12 +20,15 @@ class PerRow:
         self.known = [0] * B  # what the tensor holds; None: anything
 
     def of(self, numbers):
-        """The tensor, holding `numbers`. They are copied to the device only if they did not all change by the same."""
-        changes = None if self.known is None else {new - old for new, old in zip(numbers, self.known)}
-        if changes is None or len(changes) > 1:
+        """The tensor, holding `numbers`. They are copied to it only where one number would not do."""
+        changes = [] if self.known is None else [new - old for new, old in zip(numbers, self.known)]
+        if len(set(changes)) == 1:
+            if changes[0]:
+                self.tensor.add_(changes[0])
+        elif len(set(numbers)) == 1:
+            self.tensor.fill_(numbers[0])
+        else:
             self.tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
-        elif changes != {0}:
-            self.tensor.add_(*changes)
         self.known = list(numbers)
         return self.tensor
 

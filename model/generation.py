@@ -263,13 +263,11 @@ class Decoding:
                 self._run([ids[r, end - 1 - keep : end - 1]], row)
             self.cache.lengths[r] = row.lengths[0]  # 0 where the row has ended and only fills its column
         new = ids[:, end - 1 : end]
-        if self.graphed is not None:
-            logits = self.graphed.step(new, self.cache)
-            if logits is not None:
-                self.forward_passes += 1
-                return logits
-            self.graphed = None  # its capture failed
-        return self._run(list(new), self.cache)
+        logits = None if self.graphed is None else self.graphed.step(new, self.cache)
+        if logits is None:
+            return self._run(list(new), self.cache)
+        self.forward_passes += 1
+        return logits
 
     def beams(self, seed):
         """Beam search or sampling; prompts of different lengths one after the other, as each would go alone."""

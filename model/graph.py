@@ -9,6 +9,8 @@ The graphs of a model are kept from call to call, each with its cache memory; GP
 """
 
 import logging
+import threading
+from functools import lru_cache
 
 import torch
 
@@ -20,6 +22,7 @@ MAX_GRAPHS = 8  # kept by a model: two batch sizes at GPT-2's four capacities
 WARM_UPS = 2  # steps before the capture, in which kernels are compiled and libraries make their handles
 
 logger = logging.getLogger(__name__)
+_capturing = threading.Lock()  # torch has one capture at a time, and ours have one stream
 
 
 def refusal(model, settings):
@@ -48,19 +51,25 @@ def refusal(model, settings):
 
 def capture(step, device):
     """The CUDA graph of step(), which runs WARM_UPS times before. Raises what the step or the capture raises."""
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
     # Entered once more, the current stream comes back when a capture fails: torch.cuda.graph leaves its own behind.
-    with torch.cuda.device(device), torch.cuda.stream(current):
+    with _capturing, torch.cuda.device(device), torch.cuda.stream(current):
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 step()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Each graph has a memory pool of its own: two that share one must never run at the same time.
+        # thread_local: what other threads do with the GPU meanwhile neither fails nor spoils the capture.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             step()
     return graph
+
+
+@lru_cache
+def _side_stream(device):
+    """The stream of all captures: cuBLAS keeps a workspace, 32 MiB on an H100, for each that it has worked on."""
+    return torch.cuda.Stream(device)
 
 
 class DecodeStep:
@@ -132,8 +141,9 @@ class DecodeGraph:
 class DecodeGraphs:
     """The graphs that a model keeps, at most MAX_GRAPHS: the one used longest ago goes first.
 
-    A graph in use is not among them, so that two threads never share one. One whose weights were replaced by others
-    is let go; weights changed in place are the same weights.
+    A graph in use is not among them, so that two threads never share one. (Their replays must still follow each other,
+    as they do unless threads choose CUDA streams of their own: all share cuBLAS's workspace.) One whose weights were
+    replaced by others is let go; weights changed in place are the same weights.
     """
 
     def __init__(self):
@@ -183,6 +193,7 @@ class GraphedSteps:
     def __init__(self, model, graphs):
         self.model, self.graphs = model, graphs
         self.key = self.graph = None
+        self.has_failed = False
 
     def __enter__(self):
         return self
@@ -191,20 +202,24 @@ class GraphedSteps:
         self._give_back()
 
     def step(self, ids, cache):
-        """Logits [B, V] after ids [B, 1], overwritten by the next step; None, with `cache` as it was, if that failed.
+        """Logits [B, V] after ids [B, 1], overwritten by the next step, or None where the ordinary step must do.
 
-        `cache` then lies in a graph's memory; detach() takes it out.
+        After the former `cache` lies in a graph's memory, and detach() takes it out; after the latter it has its own.
         """
         needed = cache.get_seq_length() + 1
-        if self.graph is None or self.graph.capacity < needed:
-            key, graph = self.graphs.take(self.model, cache.batch_size, grown_capacity(needed, cache.n_positions))
-            if graph is None:
-                self.detach(cache)
-                return None
-            cache.move(graph.data)
-            self._give_back()
-            self.key, self.graph = key, graph
-        return self.graph(ids, cache)
+        if not self.has_failed and (self.graph is None or self.graph.capacity < needed):
+            self._change_to(grown_capacity(needed, cache.n_positions), cache)
+        return None if self.has_failed else self.graph(ids, cache)
+
+    def _change_to(self, capacity, cache):
+        key, graph = self.graphs.take(self.model, cache.batch_size, capacity)
+        if graph is None:
+            self.has_failed = True
+            self.detach(cache)
+            return
+        cache.move(graph.data)
+        self._give_back()
+        self.key, self.graph = key, graph
 
     def detach(self, cache):
         """Gives the cache memory of its own."""

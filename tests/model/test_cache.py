@@ -144,11 +144,14 @@ def test_memory_that_was_never_written_does_not_matter():
 
 
 def test_what_a_device_is_told_of_the_rows():
-    """Numbers that all change by the same are followed on the device; others are copied; the tensor stays in place."""
+    """One number for all rows, or one change, needs no copy; others are copied; the tensor stays in place."""
     rows = PerRow(3, "cpu")
     address = rows.tensor.data_ptr()
-    for numbers in ([4, 4, 4], [5, 5, 5], [9, 2, 0], [10, 3, 1], [10, 3, 1], [8, 1, -1]):
-        assert rows.of(numbers).tolist() == numbers
+    for numbers in ([4, 4, 4], [5, 5, 5], [9, 2, 0], [10, 3, 1], [10, 3, 1], [8, 1, -1], [6, 6, 6], None, [7, 7, 7]):
+        if numbers is None:
+            rows.known = None
+        else:
+            assert rows.of(numbers).tolist() == numbers
     assert rows.tensor.data_ptr() == address
 
 

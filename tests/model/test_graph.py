@@ -5,7 +5,10 @@ Where there is no GPU, `Recording` stands in for the CUDA graph. The tests under
 
 import copy
 import logging
+import os
 import pickle
+import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -20,6 +23,7 @@ from model import cache as cache_module
 from model import graph as graph_module
 from model.attention import register_attention
 from model.cache import KVCache
+from model.generation import Decoding
 from model.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep
 from model.settings import Settings
 
@@ -492,23 +496,20 @@ class TestOnAGPU:
         assert not model._graphs.failed
 
     def test_one_launch_for_each_token_and_no_waiting(self, model):
-        """Twelve tokens, fewer than SYNC_EVERY: all of the loop, with torch told to raise where the host waits."""
-        from model.generation import Decoding
-
+        """Fewer tokens than SYNC_EVERY, through two capacities, with torch told to raise where the host waits."""
         say(model, UNIFORM, max_new_tokens=14)
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         decode, launches = Decoding.decode, []
 
         def watched(run, *arguments):
-            torch.cuda.set_sync_debug_mode("error")  # from here to the end of the loop, but for its last question
-            if len(launches) == 11:
-                torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("default" if len(launches) == 11 else "error")
             launches.append(run.forward_passes)
             return decode(run, *arguments)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Decoding, "decode", watched)
             try:
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                with torch.profiler.profile(activities=activities) as profile:
                     say(model, UNIFORM, max_new_tokens=13)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -527,28 +528,38 @@ class TestOnAGPU:
         model.generate(UNIFORM, max_new_tokens=14, eos_token_id=[], stopping_criteria=[criterion])
         assert len(set(held[7:])) == 1  # the last capacity
 
-    def test_a_capture_that_fails_leaves_the_stream_and_the_model_usable(self, monkeypatch, caplog, model):
-        from model import attention
-
-        def waits(q, *arguments, **options):
-            q.sum().item()
-            return attention._sdpa(q, *arguments, **options)
-
-        monkeypatch.setattr(attention, "_BACKENDS", dict(attention._BACKENDS))
-        register_attention("waits", capturable=True)(waits)
-        model.set_attn_implementation("waits")
-        stream = torch.cuda.current_stream()
-        assert_says_the_same(model, UNIFORM, max_new_tokens=4)
-        assert torch.cuda.current_stream() == stream
-        assert "its capture failed" in caplog.text
-        model.set_attn_implementation("triton")
-        assert_says_the_same(model, UNIFORM, max_new_tokens=4, exactly=True)
-        assert len(model._graphs.kept) == 1
+    def test_a_capture_that_fails_leaves_the_stream_and_the_model_usable(self):
+        """In a process of its own: torch before 2.12 loses count of its captures where one fails."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "its capture failed" in done.stderr
 
     def test_release_gives_the_memory_back(self, model):
-        before = torch.cuda.memory_allocated()
+        model.generate(UNIFORM, max_new_tokens=14)
+        model.release_graphs()
+        before = torch.cuda.memory_allocated()  # what cuBLAS keeps is in it
         model.generate(UNIFORM, max_new_tokens=14)
         assert torch.cuda.memory_allocated() > before
         model.release_graphs()
-        # cuBLAS keeps its workspace for the stream of the capture.
-        assert torch.cuda.memory_allocated() - before < 2**27
+        assert torch.cuda.memory_allocated() == before
+
+
+def fail_to_capture():
+    """A backend that waits for the device where it says that it does not."""
+    from model.attention import _sdpa
+
+    @register_attention("waits", capturable=True)
+    def waits(q, *arguments, **options):
+        q.sum().item()
+        return _sdpa(q, *arguments, **options)
+
+    model = talkative("waits", n_layer=2).cuda()
+    stream = torch.cuda.current_stream()
+    assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+    assert torch.cuda.current_stream() == stream
+    assert model._graphs.failed
+
+
+if __name__ == "__main__":
+    fail_to_capture()
