@@ -348,7 +348,8 @@ class Decoding:
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [R, T]
             lengths = torch.tensor(lengths, device=ids.device)
             mask = torch.arange(T, device=ids.device) < lengths[:, None]  # [R, T]
-        x = self.model.transformer(ids, attention_mask=mask, past_key_values=cache).last_hidden_state  # [R, T, C]
+        hidden = self.model.transformer(ids, attention_mask=mask, past_key_values=cache, return_dict=True)
+        x = hidden.last_hidden_state  # [R, T, C]
         if not every_position:
             x = x[:, -1] if mask is None else x[torch.arange(len(rows), device=x.device), lengths - 1]  # [R, C]
         return self.model.lm_head(x)

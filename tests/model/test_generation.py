@@ -436,6 +436,13 @@ class TestLookup:
         assert torch.equal(plain, fast)
 
 
+def test_a_config_that_asks_for_tuples_does_not_concern_generate(models):
+    """Regression: AttributeError: 'tuple' object has no attribute 'last_hidden_state'."""
+    ours = GPT2(tiny_config(return_dict=False), attn_implementation="sdpa").eval()
+    ours.load_state_dict(models[0].state_dict())
+    assert torch.equal(ours.generate(PROMPT, max_new_tokens=5), models[0].generate(PROMPT, max_new_tokens=5))
+
+
 def test_config_governs_eos(models):
     ours = spread(GPT2(tiny_config(eos_token_id=[3, 4]))).eval()
     out = ours.generate(PROMPT, max_new_tokens=30)
