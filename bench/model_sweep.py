@@ -5,7 +5,8 @@
     python bench/model_sweep.py --pair transformers-sdpa sdpa    # where transformers is installed
 
 training    forward and backward of the loss, no optimiser: time per batch.
-decoding    one token after T - 1 in the cache: its latency. What generate() adds around the model is not in it.
+decoding    one token after T - 1 in the cache: its latency. On a GPU ours replay a CUDA graph, as generate() does;
+            what generate() adds around the model is not in it.
 inference   a forward pass over T tokens, logits of the last position: the diagram, over batch sizes.
 
 The shapes are the page's. A CPU leaves out the largest batches of training, which appear as not measured unless --batch
