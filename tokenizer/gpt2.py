@@ -236,10 +236,7 @@ class GPT2Tokenizer:
 
     def decode_bytes(self, ids, *, skip_special_tokens=False):
         """The bytes of ids (an int, a list, or a one-dimensional array or tensor)."""
-        ids = _listed(ids)
-        if skip_special_tokens:
-            special = set(self.special_tokens.values())
-            ids = [id for id in ids if id not in special]
+        ids = self._kept_ids(ids, skip_special_tokens)
         try:
             return self._token_bytes.join(ids)
         except (IndexError, OverflowError, TypeError):
@@ -249,7 +246,11 @@ class GPT2Tokenizer:
         """The text of ids. errors: as for `bytes.decode`; None is the tokenizer's own. Spaces are never cleaned up."""
         if clean_up_tokenization_spaces:
             raise ValueError("GPT2Tokenizer.decode: spaces are never cleaned up; decoding gives back the text encoded")
-        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode("utf-8", errors or self.errors)
+        ids = self._kept_ids(ids, skip_special_tokens)
+        try:
+            return self._token_bytes.decode(ids, errors or self.errors)
+        except (IndexError, OverflowError, TypeError):
+            raise self._bad_ids(ids) from None
 
     def batch_decode(self, batch, **options):
         """A list of `decode(ids, **options)`, one for each row of a list, an array or a tensor."""
@@ -262,6 +263,13 @@ class GPT2Tokenizer:
         """
         ids = _listed(ids)
         return self.decode(ids, errors="strict"), [start for start, _ in self._spans(ids)]
+
+    def _kept_ids(self, ids, skip_special_tokens):
+        ids = _listed(ids)
+        if not skip_special_tokens:
+            return ids
+        special = set(self.special_tokens.values())
+        return [id for id in ids if id not in special]
 
     def _spans(self, ids):
         tokens = [self.decode_bytes(id) for id in ids]

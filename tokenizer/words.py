@@ -55,15 +55,19 @@ class Words:
                 for block in spans.blocks(text):
                     if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
                         self.clear()
-                    first, count = self._look_up(*spans.words(block))
+                    first, count, lasting = self._look_up(*spans.words(block))
                     ids += self._ids[stretches(first, count)].tolist()
+                    self._kept = lasting
             except BaseException:
                 self.clear()  # a word may have its slot and not yet its ids
                 raise
         return ids
 
     def _look_up(self, words, is_run):
-        """(first, count) of each word: where its ids begin in _ids, and how many they are."""
+        """(first, count, lasting): where the ids of each word begin in _ids, and how many they are.
+
+        lasting: how many of _ids to keep; those behind belong to words too long to be remembered.
+        """
         is_short = words.lengths <= SHORT
         (short,), (long,) = np.nonzero(is_short), np.nonzero(~is_short)
         a, b = words[short].numbers()
@@ -71,11 +75,14 @@ class Words:
         texts = words[long].texts()
         places = np.fromiter(map(self._long.get, texts, repeat(-1)), np.int64, len(texts))
         (new_long,) = np.nonzero(places < 0)
+        is_forgotten = words.lengths[long[new_long]] > LONG
+        new_long = np.concatenate((new_long[~is_forgotten], new_long[is_forgotten]))
 
+        lasting = self._kept
         new = np.concatenate((short[new_short], long[new_long]))
         if len(new):
             table = self._table
-            first, count = self._learn(words[new], is_run[new])
+            first, count, lasting = self._learn(words[new], is_run[new], is_forgotten.sum())
             if self._table is not table:
                 slots = self._table.find(a, b)
             self._set(slots[new_short], first[: len(new_short)], count[: len(new_short)])
@@ -86,10 +93,10 @@ class Words:
         first, count = np.empty(len(words), np.int32), np.empty(len(words), np.int32)
         first[short], count[short] = self._first[slots], self._count[slots]
         first[long], count[long] = places >> _COUNT, places & 0xFFFFFFFF
-        return first, count
+        return first, count, lasting
 
-    def _learn(self, words, is_run):
-        """(first, count) of new words, from their pieces."""
+    def _learn(self, words, is_run, forgotten):
+        """As _look_up, of new words, from their pieces. The last `forgotten` words will not be remembered."""
         pieces, counts = spans.pieces(words[~is_run].joined(), lambda: self._closing)
         runs = words[is_run].texts()  # one piece each, behind the pieces of the other words
         first_piece, pieces_of = np.empty(len(words), np.int64), np.ones(len(words), np.int64)
@@ -98,13 +105,15 @@ class Words:
         first, count = map(np.concatenate, zip(self._look_up_pieces(pieces), self._keep_texts(runs)))
 
         first_id, ids_of = first[first_piece], count[first_piece]
+        lasting = self._kept
         (several,) = np.nonzero(pieces_of > 1)
         if len(several):
             pieces_of = pieces_of[several]
             parts = stretches(first_piece[several], pieces_of)
             ids_of[several] = np.add.reduceat(count[parts], np.cumsum(pieces_of) - pieces_of)
             first_id[several] = self._keep(self._ids[stretches(first[parts], count[parts])], ids_of[several])
-        return first_id, ids_of
+            lasting = self._kept - ids_of[several[several >= len(words) - forgotten]].sum()
+        return first_id, ids_of, lasting
 
     def _look_up_pieces(self, pieces):
         """(first, count) of each piece that is no run."""

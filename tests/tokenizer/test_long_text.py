@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tokenizer import GPT2Tokenizer, spans, words
+from tokenizer import GPT2Tokenizer, spans, token_bytes, words
 from tokenizer.bpe import BytePairEncoder
 from tokenizer.hashing import Table
 from tokenizer.merging import Merger
@@ -209,6 +209,23 @@ class TestDecodingLongLists:
     def test_what_is_no_id_is_an_error(self, wrong, long):
         with pytest.raises((ValueError, TypeError), match=r"GPT2Tokenizer\.decode"):
             long.decode([1, wrong, 2])
+
+    def test_characters_may_reach_over_blocks(self, long, monkeypatch):
+        text = "déjà 中文 😀😀 " * 9
+        ids = long.encode(text)
+        for size in range(1, 9):
+            monkeypatch.setattr(token_bytes, "BLOCK", size)
+            assert long.decode(ids) == text
+            for broken in (ids[:-1] + [ids[2]], ids[3:] + ids[:2]):
+                whole = b"".join(map(long.decode_bytes, broken))
+                assert long.decode(broken, errors="replace") == whole.decode("utf-8", "replace")
+
+    def test_an_error_says_where_in_the_whole(self, long, monkeypatch):
+        monkeypatch.setattr(token_bytes, "BLOCK", 2)
+        ids = [*long.encode("abc def ghi"), long.vocabulary.byte_ids[0xC0]]
+        with pytest.raises(UnicodeDecodeError) as raised:
+            long.decode(ids, errors="strict")
+        assert raised.value.object[: raised.value.start] == b"abc def ghi"
 
     def test_a_gap_in_the_vocabulary_is_an_error(self, long):
         table = TokenBytes({0: b"a", 2: b"bc"})
