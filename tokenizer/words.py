@@ -3,7 +3,7 @@
 A word of up to 15 bytes, with its length, is a number of 128 bits: to look it up is to compare two integers, and what
 is found is exact, for a word's tokens depend on it alone. The table begins with the vocabulary's own tokens. Pieces
 are looked up in it too, so of a new word only those pieces are merged that are new themselves, all of a block at once.
-Words of up to 100 bytes are kept in a dict; longer pieces, and runs of whitespace, are `memo.Pieces`' work.
+Words of up to 100 bytes are kept in a dict; long pieces, and runs of whitespace, are `memo.Pieces`' work.
 """
 
 import threading
@@ -18,6 +18,7 @@ from .merging import Merger
 from .spans import SHORT, Spans, stretches
 
 LONG = 100  # bytes: longer words are not remembered
+MERGED = 40  # bytes: longer pieces are not merged with the others, who would have done long before
 # What is remembered, at the most, when a block begins.
 MOST_WORDS = 1 << 18  # in the table, the vocabulary's among them: 13 MB
 MOST_IDS = 1 << 20  # of words: 4 MB, and as much again while they are moved
@@ -118,8 +119,8 @@ class Words:
     def _look_up_pieces(self, pieces):
         """(first, count) of each piece that is no run."""
         first, count = np.empty(len(pieces), np.int64), np.empty(len(pieces), np.int64)
-        (short,), (too_long,) = np.nonzero(pieces.lengths <= SHORT), np.nonzero(pieces.lengths > LONG)
-        (long,) = np.nonzero((pieces.lengths > SHORT) & (pieces.lengths <= LONG))
+        (short,), (too_long,) = np.nonzero(pieces.lengths <= SHORT), np.nonzero(pieces.lengths > MERGED)
+        (long,) = np.nonzero((pieces.lengths > SHORT) & (pieces.lengths <= MERGED))
         slots, _ = self._find_or_claim(*pieces[short].numbers())
         (new,) = np.nonzero(self._count[slots] == 0)
         self._first[slots[new]] = new  # of several at a slot, one stays
