@@ -3,10 +3,13 @@
 import re
 from itertools import chain
 
+from .unicode_classes import WHITESPACE
+
 MAX_KEY = 100  # characters: a longer piece is not remembered
 PIECES_BYTES = 16 << 20
 
-_HEAD = re.compile("[^\t-\r ]*")
+# ASCII whitespace that starts a run: a cut inside one would part what may be one token.
+_RUN = re.compile(f"[\t-\r ](?<![{WHITESPACE}][\t-\r ])")
 
 
 class Pieces(dict):
@@ -75,7 +78,8 @@ class Memo:
             from .words import Words
 
             self._words = Words(self._pieces)
-        head = _HEAD.match(text).end()
+        run = _RUN.search(text)
+        head = run.start() if run else len(text)
         ids = self._words.encode(text[head:].encode())
         ids[:0] = self._pieces.encode(text[:head])
         return ids

@@ -4,6 +4,7 @@ import random
 import string
 import threading
 import tracemalloc
+from itertools import product
 
 import numpy as np
 import pytest
@@ -187,6 +188,15 @@ def test_a_trained_vocabulary():
     expected = tokenizer.encode_ordinary(text)
     tokenizer._memo.long_text = tokenizer._memo.much_text = 0
     assert tokenizer.encode_ordinary(text) == expected
+
+
+def test_the_first_run_of_whitespace_is_cut_nowhere():
+    """GPT-2 has no token that begins with wide whitespace and goes on with ASCII's; this vocabulary has."""
+    tokenizer = GPT2Tokenizer.train(["a\u3000 \u3000 b\xa0 \n c"] * 9, 290, progress=False)
+    tokenizer._memo.long_text = tokenizer._memo.much_text = 0
+    for length in range(1, 6):
+        for text in map("".join, product("\u3000\xa0 \nb", repeat=length)):
+            assert tokenizer.encode_ordinary(text) == tokenizer._memo._pieces.encode(text), repr(text)
 
 
 class TestDecodingLongLists:
