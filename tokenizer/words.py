@@ -6,7 +6,9 @@ are looked up in it too, so of a new word only those pieces are merged that are 
 Words of up to 100 bytes are kept in a dict; long pieces, and runs of whitespace, are `memo.Pieces`' work.
 """
 
+import os
 import threading
+import weakref
 from functools import cached_property
 from itertools import chain, repeat
 
@@ -19,11 +21,13 @@ from .spans import SHORT, Spans, stretches
 
 LONG = 100  # bytes: longer words are not remembered
 MERGED = 40  # bytes: longer pieces are not merged with the others, who would have done long before
-# What is remembered, at the most, when a block begins.
+# What is remembered, at the most, when a block has been encoded.
 MOST_WORDS = 1 << 18  # in the table, the vocabulary's among them: 13 MB
 MOST_IDS = 1 << 20  # of words: 4 MB, and as much again while they are moved
 MOST_LONG = 1 << 15  # in the dict: 8 MB
 _COUNT = np.int64(32)
+_CLAIMED = 1 << 16  # keys: for so many, of which several may be equal, the table makes room at once
+_every = weakref.WeakSet()
 
 
 class Words:
@@ -32,36 +36,49 @@ class Words:
     def __init__(self, pieces):
         self._pieces = pieces
         self._merger = Merger(pieces.encoder)
-        self._lock = threading.Lock()
+        self.renew_lock()
+        _every.add(self)
         known = [piece for piece in pieces.known if len(piece) <= SHORT]  # all ASCII
         lengths = np.fromiter(map(len, known), np.int64, len(known))
         self._known = Spans("".join(known).encode(), np.cumsum(lengths) - lengths, lengths).numbers()
         self._known_ids = np.fromiter(map(pieces.known.__getitem__, known), np.int32, len(known))
-        self.clear()
+        self._clear()
+
+    def renew_lock(self):
+        """For a forked process, in which the thread that held the lock does not go on."""
+        self._lock = threading.Lock()
 
     def clear(self):
         """Forgets everything but the vocabulary, as when new."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self):
+        self._is_whole = False
         number = len(self._known_ids)
         self._ids, self._kept = np.empty(2 * number + 1024, np.int32), 0  # of one word after the other
         self._long = {}  # {word: where its ids begin << 32 | their number}
         self._set_table(Table(2 * number))
         self._table.claim(*self._known)
         self._set(self._table.find(*self._known), self._keep(self._known_ids, np.ones(number, np.int64)), 1)
+        self._is_whole = True
 
     def encode(self, text):
         """Token ids (list[int]) of UTF-8 (bytes) that starts with whitespace."""
         ids = []
         with self._lock:
-            try:
-                for block in spans.blocks(text):
-                    if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
-                        self.clear()
-                    first, count, lasting = self._look_up(*spans.words(block))
-                    ids += self._ids[stretches(first, count)].tolist()
-                    self._kept = lasting
-            except BaseException:
-                self.clear()  # a word may have its slot and not yet its ids
-                raise
+            for block in spans.blocks(text):
+                if not self._is_whole:
+                    self._clear()
+                self._is_whole = False  # a word may have its slot and not yet its ids, and an interrupt may come
+                first, count, lasting = self._look_up(*spans.words(block))
+                ids += self._ids[stretches(first, count)].tolist()
+                self._kept = lasting
+                self._is_whole = True
+                if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
+                    self._clear()
+            if len(self._ids) > 2 * MOST_IDS:
+                self._ids = self._ids[: self._kept].copy()
         return ids
 
     def _look_up(self, words, is_run):
@@ -157,16 +174,24 @@ class Words:
         old = self._table
         slots = old.find(a, b)
         (absent,) = np.nonzero(slots < 0)
-        if not old.has_room(len(absent)):
-            first, count, used = self._first, self._count, np.flatnonzero(old.b)
-            self._set_table(Table(2 * (old.used + len(absent))))
-            self._table.claim(old.a[used], old.b[used])
-            self._set(self._table.find(old.a[used], old.b[used]), first[used], count[used])
-        new = absent[self._table.claim(a[absent], b[absent])]
+        new = [absent[:0]]
+        for start in range(0, len(absent), _CLAIMED):
+            part = absent[start : start + _CLAIMED]
+            if not self._table.has_room(len(part)):
+                self._grow(len(part))
+            new.append(part[self._table.claim(a[part], b[part])])
         if self._table is not old:
-            return self._table.find(a, b), new
-        slots[absent] = old.find(a[absent], b[absent])
-        return slots, new
+            slots = self._table.find(a, b)
+        else:
+            slots[absent] = old.find(a[absent], b[absent])
+        return slots, np.concatenate(new)
+
+    def _grow(self, number):
+        old, first, count = self._table, self._first, self._count
+        used = np.flatnonzero(old.b)
+        self._set_table(Table(2 * (old.used + number)))
+        self._table.claim(old.a[used], old.b[used])
+        self._set(self._table.find(old.a[used], old.b[used]), first[used], count[used])
 
     def _set(self, slots, first, count):
         self._first[slots], self._count[slots] = first, count
@@ -181,3 +206,12 @@ class Words:
         closing = np.zeros(0x110000, bool)
         closing[list(map(ord, self._pieces.cut.closing))] = True
         return closing
+
+
+def _renew_locks():
+    for words in _every:
+        words.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_locks)

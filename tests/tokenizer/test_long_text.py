@@ -1,9 +1,11 @@
 """Encoding in numpy: cutting, the table, merging many pieces, what is remembered. `test_exact.py` has the ids."""
 
+import os
 import random
 import string
 import threading
 import tracemalloc
+import warnings
 from itertools import product
 
 import numpy as np
@@ -134,7 +136,8 @@ def test_a_full_memory_starts_afresh_and_changes_nothing(limit, long, gpt2, monk
     monkeypatch.setattr(spans, "BLOCK", 1000)
     monkeypatch.setattr(words, limit, {"MOST_WORDS": 51_000, "MOST_IDS": 60_000, "MOST_LONG": 20}[limit])
     cleared = []
-    monkeypatch.setattr(words.Words, "clear", lambda self, clear=words.Words.clear: (cleared.append(1), clear(self)))
+    forget = words.Words._clear
+    monkeypatch.setattr(words.Words, "_clear", lambda self: (cleared.append(1), forget(self)))
     for seed in range(10):
         text = " ".join(random_words(1000, seed, longest=24))
         assert long.encode_ordinary(text) == gpt2._memo._pieces.encode(text)
@@ -153,6 +156,17 @@ def test_memory_is_bounded(long):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("text", ["中" * 3_000_000, " " * 3_000_000], ids=["one letter", "spaces"])
+def test_memory_is_bounded_after_text_that_is_one_block(long, text):
+    long.encode_ordinary(" a")
+    tracemalloc.start()
+    try:
+        long.encode_ordinary(f" {text}")
+        assert tracemalloc.get_traced_memory()[0] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_an_interrupt_leaves_no_word_without_its_tokens(long, gpt2, monkeypatch):
     text = " ".join(random_words(3000))
     long.encode_ordinary(text[:100])
@@ -165,6 +179,51 @@ def test_an_interrupt_leaves_no_word_without_its_tokens(long, gpt2, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             long.encode_ordinary(text)
     assert long.encode_ordinary(text) == gpt2._memo._pieces.encode(text)
+
+
+def test_an_interrupt_while_forgetting_leaves_no_word_without_its_tokens(long, gpt2, monkeypatch):
+    long.encode_ordinary("word")
+    text = " ".join(random_words(100))
+
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(words.Words, "_set", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            long.clear_cache()
+    assert long.encode_ordinary(text) == gpt2._memo._pieces.encode(text)
+
+
+def test_forgetting_waits_for_a_thread_that_encodes(long, gpt2, monkeypatch):
+    text = " ".join(random_words(3000))
+    long.encode_ordinary(text[:100])
+    forgets = threading.Thread(target=long.clear_cache)
+
+    def encode(self, pieces, encode=Merger.encode):
+        forgets.start()
+        forgets.join(0.2)
+        return encode(self, pieces)
+
+    monkeypatch.setattr(Merger, "encode", encode)
+    ids = long.encode_ordinary(text)
+    forgets.join()
+    assert ids == gpt2._memo._pieces.encode(text)
+
+
+def test_a_process_forked_while_a_thread_encodes_can_encode(long):
+    text = " ".join(random_words(100))
+    expected = long.encode_ordinary(text)
+    words = long._memo._words
+    with words._lock, warnings.catch_warnings(action="ignore"):  # of forking beside torch's threads
+        child = os.fork()
+        if child == 0:
+            is_right = False
+            try:
+                is_right = not words._lock.locked() and long.encode_ordinary(text) == expected
+            finally:
+                os._exit(not is_right)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_threads_share_a_tokenizer(long, gpt2):
