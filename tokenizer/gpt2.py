@@ -54,7 +54,7 @@ class GPT2Tokenizer:
         if vocabulary.consistent:
             known = {token.decode(): id for id, token in ordinary.items() if token.isascii()}
         encoder = BytePairEncoder(vocabulary.byte_ids, vocabulary.ranks, vocabulary.products)
-        self._memo = Memo(encoder, known, FinePieces(ordinary.values()))
+        self._memo = Memo(encoder, known, FinePieces([*ordinary.values()]))
         self._bytes = ordinary | {id: token.encode() for token, id in self.special_tokens.items()}
         self._token_bytes = TokenBytes(self._bytes)
 
@@ -370,6 +370,7 @@ class GPT2Tokenizer:
 
 
 def _listed(ids):
+    ids = list(ids) if isinstance(ids, (bytes, bytearray)) else ids  # array("I", ids) would take four for one
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     return [ids] if isinstance(ids, int) else ids
 

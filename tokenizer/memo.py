@@ -63,6 +63,10 @@ class Memo:
         self._words = None
         self._seen = 0  # characters
 
+    def __reduce__(self):
+        """Copied or sent to another process, it has seen nothing."""
+        return Memo, (self._pieces.encoder, self._pieces.known, self._pieces.cut)
+
     def clear(self):
         """Forgets everything, as when new."""
         self._pieces.clear()

@@ -5,6 +5,8 @@ from codecs import getincrementaldecoder
 from operator import itemgetter
 
 BLOCK = 1 << 14  # ids
+# Ways to treat an error that do not ask where in the text it is.
+_ANYWHERE = {"strict", "replace", "ignore", "backslashreplace", "surrogateescape"}
 
 
 class TokenBytes:
@@ -27,6 +29,8 @@ class TokenBytes:
 
     def decode(self, ids, errors):
         """The text of ids, as join(ids).decode("utf-8", errors), but block by block, which is faster."""
+        if errors not in _ANYWHERE:
+            return self.join(ids).decode("utf-8", errors)
         decoder = getincrementaldecoder("utf-8")(errors)
         try:
             return "".join([*map(decoder.decode, self._blocks(ids)), decoder.decode(b"", final=True)])

@@ -1,6 +1,9 @@
 """Encoding in numpy: cutting, the table, merging many pieces, what is remembered. `test_exact.py` has the ids."""
 
+import codecs
+import copy
 import os
+import pickle
 import random
 import string
 import threading
@@ -258,6 +261,19 @@ def test_the_first_run_of_whitespace_is_cut_nowhere():
             assert tokenizer.encode_ordinary(text) == tokenizer._memo._pieces.encode(text), repr(text)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+def test_a_copy_encodes_and_remembers_nothing(copied, long):
+    """As for the workers of a DataLoader that are spawned, not forked."""
+    text = " ".join([*random_words(100), "中文"])
+    ids = long.encode_ordinary(text)
+    twin = copied(long)
+    assert twin._memo._words is None
+    assert twin.encode_ordinary(text) == ids
+    twin._memo.long_text = twin._memo.much_text = 0
+    assert twin.encode_ordinary(text) == ids
+    assert twin.decode(ids) == text
+
+
 class TestDecodingLongLists:
     @pytest.fixture
     def long(self, fresh, monkeypatch):
@@ -295,6 +311,15 @@ class TestDecodingLongLists:
         with pytest.raises(UnicodeDecodeError) as raised:
             long.decode(ids, errors="strict")
         assert raised.value.object[: raised.value.start] == b"abc def ghi"
+
+    def test_a_handler_of_errors_is_told_the_place_in_the_whole(self, long, monkeypatch):
+        codecs.register_error("say where", lambda error: (f"<{error.start}>", error.end))
+        monkeypatch.setattr(token_bytes, "BLOCK", 2)
+        ids = [long.vocabulary.byte_ids[byte] for byte in b"abc\xc0d\xe4\xb8"]
+        assert long.decode(ids, errors="say where") == "abc<3>d<5>"
+
+    def test_bytes_are_ids_too(self, long):
+        assert long.decode(b"abcd") == long.decode(list(b"abcd"))
 
     def test_a_gap_in_the_vocabulary_is_an_error(self, long):
         table = TokenBytes({0: b"a", 2: b"bc"})
