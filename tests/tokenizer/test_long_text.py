@@ -159,7 +159,7 @@ def test_memory_is_bounded(long):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("text", ["中" * 3_000_000, " " * 3_000_000], ids=["one letter", "spaces"])
+@pytest.mark.parametrize("text", ["中" * 1_000_000, "ab1." * 1_000_000], ids=["one letter", "one word"])
 def test_memory_is_bounded_after_text_that_is_one_block(long, text):
     long.encode_ordinary(" a")
     tracemalloc.start()
