@@ -18,6 +18,9 @@ ALIASES = {
     "torch_dtype": "dtype",
 }
 
+# Dropouts that Hugging Face's heads look for, but its config does not declare. Kept in `extra`; None: not given.
+UNDECLARED = ("classifier_dropout", "hidden_dropout", "summary_last_dropout")
+
 PRESETS = {
     "distilgpt2": {"n_layer": 6},
     "gpt2": {},
@@ -33,7 +36,7 @@ _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_clas
 
 
 def _accept_aliases(cls):
-    """Lets the constructor take num_labels and the names in ALIASES; each alias is also an attribute."""
+    """Lets the constructor take num_labels and the names in ALIASES and UNDECLARED; these are attributes, too."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -43,6 +46,9 @@ def _accept_aliases(cls):
             if name in kwargs:
                 raise TypeError(f"GPT2Config: both {name} and its alias {alias} were given; give one")
             kwargs[name] = kwargs.pop(alias)
+        undeclared = {name: kwargs.pop(name) for name in UNDECLARED if name in kwargs}
+        if undeclared:
+            kwargs["extra"] = {**kwargs.get("extra", {}), **undeclared}
         init(self, *args, **kwargs)
         if num_labels is not None:
             self.num_labels = num_labels
@@ -52,6 +58,10 @@ def _accept_aliases(cls):
         getter = functools.partial(lambda name, self: getattr(self, name), name)
         setter = functools.partial(lambda name, self, value: setattr(self, name, value), name)
         setattr(cls, alias, property(getter, setter, doc=f"Another name of {name}."))
+    for name in UNDECLARED:
+        getter = functools.partial(lambda name, self: self.extra.get(name), name)
+        setter = functools.partial(lambda name, self, value: self.extra.update({name: value}), name)
+        setattr(cls, name, property(getter, setter, doc="None where it is not given."))
     return cls
 
 
@@ -146,7 +156,7 @@ class GPT2Config:
     @classmethod
     def names(cls):
         """The fields of a config.json, their aliases among them."""
-        return {f.name for f in fields(cls)} - {"extra"} | ALIASES.keys() | {"num_labels"}
+        return {f.name for f in fields(cls)} - {"extra"} | ALIASES.keys() | {"num_labels", *UNDECLARED}
 
     def validate(self):
         """Raises ValueError or TypeError, naming the field, where the values describe no GPT-2."""
@@ -154,7 +164,7 @@ class GPT2Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"GPT2Config: {name} is {value!r}; it must be a positive integer")
-        for name in _PROBABILITIES:
+        for name in _PROBABILITIES + tuple(name for name in UNDECLARED if getattr(self, name) is not None):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"GPT2Config: {name} is {value!r}; it must be between 0 and 1")

@@ -88,6 +88,17 @@ def test_aliases_read_write_and_construct():
         GPT2Config(n_embd=64, hidden_size=64)
 
 
+def test_dropouts_that_only_heads_know_are_kept_as_transformers_keeps_them():
+    assert GPT2Config().classifier_dropout is None
+    config = GPT2Config(classifier_dropout=0.2, extra={"odd": 1})
+    config.hidden_dropout = 0.3
+    assert config.extra == {"odd": 1, "classifier_dropout": 0.2, "hidden_dropout": 0.3}
+    assert described(config) == described(transformers.GPT2Config(classifier_dropout=0.2, odd=1, hidden_dropout=0.3))
+    assert GPT2Config.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="summary_last_dropout is -1; it must be between 0 and 1"):
+        GPT2Config(summary_last_dropout=-1)
+
+
 def test_num_labels_is_the_number_of_labels():
     assert GPT2Config().num_labels == 2
     config = GPT2Config(num_labels=3)
