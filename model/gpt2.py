@@ -315,10 +315,10 @@ def init_weights(module, config):
     The projections into the residual stream are scaled by 1 / sqrt(2 * n_layer), one for each of its additions.
     """
     for name, part in module.named_modules():
-        if isinstance(part, Conv1D | Head | nn.Embedding):
+        if isinstance(part, Conv1D | Head | nn.Linear | nn.Embedding):
             scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
             part.weight.normal_(0.0, config.initializer_range * scale)
-            if isinstance(part, Conv1D):
+            if getattr(part, "bias", None) is not None:
                 part.bias.zero_()
 
 

@@ -28,10 +28,10 @@ ACTIVATIONS = {
 }
 
 
-def activation(name):
+def activation(name, field="activation_function"):
     """The activation function that Hugging Face calls `name`; GPT-2's is "gelu_new", the tanh form."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation_function={name!r} is not supported; choose one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{field}={name!r} is not supported; choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

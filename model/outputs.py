@@ -53,6 +53,44 @@ class CausalLMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class SequenceClassifierOutput(CausalLMOutput):
+    """As CausalLMOutput, with logits [B, K]."""
+
+
+@dataclass(eq=False)
+class TokenClassifierOutput(ModelOutput):
+    """loss, a scalar; logits [B, T, K]; the rest as in BaseModelOutput."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class QuestionAnsweringOutput(ModelOutput):
+    """loss, a scalar; start_logits and end_logits [B, T]; the rest as in BaseModelOutput."""
+
+    loss: torch.Tensor | None = None
+    start_logits: torch.Tensor | None = None
+    end_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class DoubleHeadsOutput(ModelOutput):
+    """loss and mc_loss, scalars; logits [B, N, T, V]; mc_logits [B, N]; the rest as in BaseModelOutput, B * N rows."""
+
+    loss: torch.Tensor | None = None
+    mc_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    mc_logits: torch.Tensor | None = None
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
 @dataclass(eq=False)
 class GenerateOutput(ModelOutput):
     """sequences [R, L]; scores: one [R, V] for each step, as processed; sequences_scores [R] of beams.

@@ -7,6 +7,7 @@ copied: the model is built without storage and takes the file's tensors as its o
 
 import copy
 import json
+import logging
 import os
 import pickle
 import re
@@ -20,6 +21,8 @@ from torch import nn
 
 from model.config import GPT2Config
 from model.ops import check_kernels_name
+
+logger = logging.getLogger(__name__)
 
 _SINGLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
 _FORMATS = (_SINGLE, _SHARDED, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -97,6 +100,8 @@ class Source:
 class PretrainedModel(nn.Module):
     """Base of the models: a config, from_pretrained and save_pretrained."""
 
+    head_name = None  # of a head that plain GPT-2 checkpoints lack
+
     def __init__(self, config):
         super().__init__()
         config.validate()
@@ -152,6 +157,7 @@ class PretrainedModel(nn.Module):
         dtype: of the weights; "auto", as in transformers 5, takes config.json's, or else the one they are stored in.
         torch_dtype is its old name. overrides: fields of the config. Raises FileNotFoundError where a file is missing,
         ValueError for a damaged file, a missing or (unless strict=False) unexpected key, a tensor of another shape.
+        Where a model of model/heads.py finds nothing of its head, it initialises it, and a logged warning says so.
         """
         source = Source(name_or_path, revision, cache_dir, local_files_only, token)
         unknown = sorted(overrides.keys() - GPT2Config.names())
@@ -226,7 +232,7 @@ def load_weights(model, tensors, *, dtype=None, strict=True):
     """Gives a checkpoint's tensors to a model, whose parameters they become; dtype None keeps each tensor's own.
 
     The prefix `transformer.` may be there or not, stored causal masks are dropped, and heads that this model does not
-    have are left out.
+    have are left out. A head of model/heads.py that is missing as a whole is initialised, with a warning.
     """
     wanted = model.state_dict()
     prefix = "transformer." if any(key.startswith("transformer.") for key in wanted) else ""
@@ -250,7 +256,9 @@ def load_weights(model, tensors, *, dtype=None, strict=True):
         found[tied] = embedding
 
     name = type(model).__name__
-    missing = [key for key in wanted if key not in found]
+    head = [key for key in wanted if model.head_name is not None and key.startswith(model.head_name + ".")]
+    new = [] if any(key in found for key in head) else head
+    missing = [key for key in wanted if key not in found and key not in new]
     if missing:
         raise ValueError(f"{name}.from_pretrained: the checkpoint lacks {_listed(missing)}")
     if unexpected and strict:
@@ -260,15 +268,27 @@ def load_weights(model, tensors, *, dtype=None, strict=True):
     misshapen = [
         f"{key} {tuple(found[key].shape)}, the config asks for {tuple(tensor.shape)}"
         for key, tensor in wanted.items()
-        if found[key].shape != tensor.shape
+        if key not in new and found[key].shape != tensor.shape
     ]
     if misshapen:
         raise ValueError(f"{name}.from_pretrained: wrong shapes: {_listed(misshapen)}")
+    if new:
+        logger.warning("%s.from_pretrained: %s: not in the checkpoint, so new; to be trained", name, ", ".join(new))
+        found.update(_initialised_head(model, dtype or embedding.dtype))
     if dtype is not None:
         found = {key: tensor.to(dtype) for key, tensor in found.items()}
     model.load_state_dict(found, assign=True)
     model.requires_grad_(True)
     model.tie_weights()
+
+
+def _initialised_head(model, dtype):
+    """The tensors of a model's head, by their names in the model, as initialisation makes them."""
+    from model.gpt2 import init_weights
+
+    head = model.get_submodule(model.head_name).to_empty(device="cpu").to(dtype)
+    init_weights(head, model.config)
+    return {f"{model.head_name}.{key}": tensor for key, tensor in head.state_dict().items()}
 
 
 def write_checkpoint(directory, tensors, max_shard_size=None):
