@@ -49,8 +49,7 @@ SDPA_REFUSALS = ("No available kernel", "No viable backend", "no kernel found", 
 
 MAX_T = 2**17  # beyond it the float64 oracle alone takes minutes
 
-# Where the Triton kernel is checked on a machine without a GPU. The interpreter gets bf16 products wrong.
-LANES = {"float32": "interpret", "float16": "interpret", "bfloat16": "simulate sm_80"}
+# What the Triton kernel is checked with on a machine without a GPU.
 LANE_SEQ_LENS = {False: (64, 128, 256), True: (64,)}  # of the scenario "lengths"; the others take the shortest
 LANE_CACHE = 256
 
@@ -227,11 +226,7 @@ def _both(mode, name, inputs, options):
 
 def lane_rows(cases, modes):
     """Rows of the Triton kernel where there is no GPU: its error from the dtype's lane, and no time."""
-    rows = []
-    for lane in dict.fromkeys(LANES[case.dtype] for case in cases):
-        mine = [case for case in cases if LANES[case.dtype] == lane]
-        rows += harness.in_process_of_lane(lane, rows_in_lane, lane, mine, modes)
-    return rows
+    return harness.rows_by_lane(rows_in_lane, cases, modes)
 
 
 def rows_in_lane(lane, cases, modes):

@@ -105,6 +105,19 @@ def positive(text):
 positive.__name__ = "positive whole number"  # argparse's message names the type
 
 
+# Where kernels of each dtype run without a GPU. The interpreter gets bf16 products wrong.
+LANES = {"float32": "interpret", "float16": "interpret", "bfloat16": "simulate sm_80"}
+
+
+def rows_by_lane(rows_in_lane, cases, *arguments):
+    """The rows of rows_in_lane(lane, cases, *arguments) for the cases of each lane, called in that lane's process."""
+    rows = []
+    for lane in dict.fromkeys(LANES[case.dtype] for case in cases):
+        mine = [case for case in cases if LANES[case.dtype] == lane]
+        rows += in_process_of_lane(lane, rows_in_lane, lane, mine, *arguments)
+    return rows
+
+
 def in_process_of_lane(lane, function, *arguments):
     """function(*arguments) in a process where kernels run in that lane: "interpret", or another.
 

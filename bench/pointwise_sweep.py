@@ -43,9 +43,7 @@ SIZES = {
     ("cpu", False): (4096, 256),
     ("cpu", True): (256, 16),
 }
-# Where ours is checked on a machine without a GPU, and with how many rows.
-LANES = {"float32": "interpret", "float16": "interpret", "bfloat16": "simulate sm_80"}
-LANE_ROWS = 16
+LANE_ROWS = 16  # with so many rows ours is checked on a machine without a GPU
 
 COLUMNS = ("op", "provider", "mode", "dtype", "M", "N", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "of_copy")
 COLUMNS += ("peak_memory_mb", "error", "lane", "status")
@@ -239,11 +237,7 @@ def _both(mode, function, inputs, gradients):
 
 def lane_rows(cases, modes):
     """Rows of ours where there is no GPU: its error from the dtype's lane, and no time."""
-    rows = []
-    for lane in dict.fromkeys(LANES[case.dtype] for case in cases):
-        mine = [case for case in cases if LANES[case.dtype] == lane]
-        rows += harness.in_process_of_lane(lane, rows_in_lane, lane, mine, modes)
-    return rows
+    return harness.rows_by_lane(rows_in_lane, cases, modes)
 
 
 def rows_in_lane(lane, cases, modes):
