@@ -4,7 +4,7 @@
     python bench/attention_sweep.py --quick
     python bench/attention_sweep.py --scenario padding dropout decode head-dims
 
-bench/attention_cases.py says what each scenario measures and how FLOPs are counted. Inputs are as in GPT-2: q, k, v
+bench/lib/attention_cases.py says what each scenario measures and how FLOPs are counted. Inputs are as in GPT-2: q, k, v
 [B, H, T, D] are views of one fused projection [B, T, 3HD], random normal; decode reads k and v from a cache. `forward`
 has no graph; `backward` is the gradient by q, k and v alone, its forward pass done before.
 
@@ -30,8 +30,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import harness
-from bench.attention_cases import SCENARIOS, SIZES, Case, cache_bytes, flops, modes_of, variants
 from bench.harness import OK, UsageError
+from bench.lib.attention_cases import SCENARIOS, SIZES, Case, cache_bytes, flops, modes_of, variants
 from kernels import flash_attention, reference
 from kernels.attention.dropout import attention_keep_mask
 from kernels.simulator import simulate

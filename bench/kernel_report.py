@@ -12,10 +12,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.chips import CHIPS, SOURCES, bounds, resident_blocks
 from bench.harness import environment
-from bench.kernel_cases import CASES
-from bench.sass import inspect
+from bench.lib.chips import CHIPS, SOURCES, bounds, resident_blocks
+from bench.lib.kernel_cases import CASES
+from bench.lib.sass import inspect
 from kernels.simulator import simulate
 
 MODEL = "model, not a measurement"

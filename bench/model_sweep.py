@@ -15,7 +15,7 @@ or --seq-lens asks for them; then all of it takes two and a half minutes on two 
 Weights are random, from one seed, and the same for every provider. Before a provider is timed, its logits for 64 tokens
 are held against float64 by the tolerance rule of the tests. Peak memory is the provider's weights and what the pass
 allocates above them; on a CPU it is counted, not measured: live tensors, without what an operation uses inside itself
-(bench/live_bytes.py). Files: model_sweep.json, model_sweep.md, model_inference.png.
+(bench/lib/live_bytes.py). Files: model_sweep.json, model_sweep.md, model_inference.png.
 """
 
 from functools import partial
@@ -23,8 +23,8 @@ from itertools import product
 
 from bench import harness
 from bench.harness import OK, UsageError
-from bench.live_bytes import LiveBytes
-from bench.model_providers import THEIRS, Provider, build, gate, refuse
+from bench.lib.live_bytes import LiveBytes
+from bench.lib.providers import THEIRS, Provider, build, gate, refuse
 from model import GPT2Config, attention_backends
 from model.config import PRESETS
 

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 from bench import harness
 from bench.harness import OK, UsageError
-from bench.texts import TEXTS
+from bench.lib.texts import TEXTS
 from tokenizer import GPT2Tokenizer
 
 DOCUMENTS = 16

@@ -22,7 +22,7 @@ import torch
 
 from bench import harness
 from bench.harness import OK
-from bench.model_providers import NEW_TOKENS, Provider, build, gate, refuse
+from bench.lib.providers import NEW_TOKENS, Provider, build, gate, refuse
 from model import attention_backends
 from model.config import PRESETS
 

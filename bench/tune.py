@@ -28,9 +28,9 @@ from triton.errors import TritonError
 from triton.runtime import driver
 
 from bench import harness
-from bench.attention_cases import Case
 from bench.attention_sweep import check, gates, make_call, refusal
 from bench.harness import OK, UsageError
+from bench.lib.attention_cases import Case
 from kernels import configs
 from kernels.configs import ATTENTION, AttentionConfig, attention_config, family
 from kernels.library import active_arch

@@ -17,7 +17,7 @@ import torch
 
 from model import GPT2, GPT2Config
 from model.config import PRESETS
-from model.streaming import TextStreamer
+from model.generation.streaming import TextStreamer
 from tokenizer import GPT2Tokenizer
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended

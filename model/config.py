@@ -223,7 +223,7 @@ class GPT2Config:
     @classmethod
     def from_pretrained(cls, name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw):
         """Reads the config.json of a directory or of a Hugging Face Hub repository; `kw` overrides its fields."""
-        from model.weights import Source
+        from model.checkpoints.pretrained import Source
 
         source = Source(name_or_path, revision, cache_dir, local_files_only, token)
         return cls.from_json_file(source.require("config.json"), **kw)
@@ -239,7 +239,7 @@ class GPT2Config:
 
     def save_pretrained(self, directory):
         """Writes config.json into the directory, which is created if need be."""
-        from model.weights import replace_file
+        from model.checkpoints.pretrained import replace_file
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

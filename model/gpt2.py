@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import attention, check_attention_name, self_attention, split_heads
 from model.cache import KVCache
-from model.generation import GenerationMixin
+from model.checkpoints.pretrained import PretrainedModel
+from model.generation.generate import GenerationMixin
 from model.inputs import check_shape, lookup, new_tokens, padding_bounds
-from model.linear import Conv1D, Head
-from model.ops import (
+from model.layers.linear import Conv1D, Head
+from model.layers.ops import (
     activation,
     add_layer_norm,
     causal_lm_head_loss,
@@ -23,7 +24,6 @@ from model.ops import (
     linear_activation,
 )
 from model.outputs import BaseModelOutput, CausalLMOutput
-from model.weights import PretrainedModel
 
 
 class Attention(nn.Module):
@@ -101,7 +101,7 @@ class GPT2Model(PretrainedModel):
     """The transformer without a head.
 
     attn_implementation: "auto" or the name of a backend in model/attention.py.
-    kernel_implementation: "auto", "triton" or "torch", for LayerNorm, GELU and the loss: model/ops.py.
+    kernel_implementation: "auto", "triton" or "torch", for LayerNorm, GELU and the loss: model/layers/ops.py.
     """
 
     def __init__(self, config, *, attn_implementation="auto", kernel_implementation="auto"):

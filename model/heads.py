@@ -1,19 +1,19 @@
 """GPT-2 with Hugging Face's other heads: multiple choice beside the language model, texts, tokens and answers.
 
 Names, arguments and losses are transformers', and so are the parameters' names: checkpoints go both ways. A plain GPT-2
-checkpoint has no such head: from_pretrained then initialises it, and the logger "model.weights" names the new keys.
-Losses are computed in fp32. B rows, T tokens, C = n_embd, V = vocab_size, K = num_labels, N choices.
+checkpoint has no such head: from_pretrained then initialises it, and the logger "model.checkpoints.pretrained" names
+the new keys. Losses are computed in fp32. B rows, T tokens, C = n_embd, V = vocab_size, K = num_labels, N choices.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.checkpoints.pretrained import PretrainedModel
 from model.gpt2 import GPT2, GPT2Model, init_weights
 from model.inputs import check_shape
-from model.ops import activation, causal_lm_loss
+from model.layers.ops import activation, causal_lm_loss
 from model.outputs import DoubleHeadsOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
-from model.weights import PretrainedModel
 
 
 class _Headed:

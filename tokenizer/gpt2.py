@@ -5,11 +5,11 @@ from itertools import accumulate
 
 from . import files
 from .batch import PADDING, BatchEncoding, as_tensors, pad, padded_length
-from .borders import FinePieces
 from .bpe import BytePairEncoder
-from .memo import Memo
+from .long_text.borders import FinePieces
+from .long_text.memo import Memo
+from .long_text.token_bytes import TokenBytes
 from .special import ROLES, Role, RoleId, partition
-from .token_bytes import TokenBytes
 from .vocabulary import END_OF_TEXT, gpt2_vocabulary, vocabulary_from_merges
 
 SIDES = ("left", "right")

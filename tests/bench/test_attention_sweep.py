@@ -14,7 +14,7 @@ from test_plots import assert_chart
 
 import model.attention
 from bench import attention_sweep as sweep
-from bench.attention_cases import HEAD_DIMS, SCENARIOS, cache_bytes
+from bench.lib.attention_cases import HEAD_DIMS, SCENARIOS, cache_bytes
 from kernels import reference
 from model.attention import register_attention
 
@@ -124,13 +124,13 @@ def test_triton_refuses_a_gpu_older_than_its_kernels(monkeypatch):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(model.attention, "_BACKENDS", dict(model.attention._BACKENDS))
+    monkeypatch.setattr(model.attention.registry, "_BACKENDS", dict(model.attention.registry._BACKENDS))
 
 
 def test_a_backend_that_is_wrong_gets_no_time(registry):
     @register_attention("wrong")
     def wrong(q, k, v, **options):
-        o, p = model.attention._BACKENDS["eager"].forward(q, k, v, **options)
+        o, p = model.attention.registry._BACKENDS["eager"].forward(q, k, v, **options)
         return o + 1e-4 * o.detach().square(), p
 
     rows = sweep.timed_rows(CASE, ["wrong", "sdpa"], ["forward"], torch.device("cpu"), quick=True)
@@ -143,7 +143,7 @@ def test_a_backend_that_is_wrong_gets_no_time(registry):
 def test_a_backend_whose_gradient_alone_is_wrong_gets_no_backward_time(registry):
     @register_attention("halved")
     def halved(q, k, v, **options):
-        return model.attention._BACKENDS["eager"].forward(q, (k + k.detach()) / 2, v, **options)
+        return model.attention.registry._BACKENDS["eager"].forward(q, (k + k.detach()) / 2, v, **options)
 
     forward, backward = sweep.timed_rows(CASE, ["halved"], sweep.MODES, torch.device("cpu"), quick=True)
     assert forward["status"] == "ok"
@@ -355,7 +355,7 @@ def test_the_gate_of_the_kernel_drops_weights(monkeypatch):
 def test_backends_say_which_scenario_they_cannot_serve(registry):
     @register_attention("plain", padding=False, dropout=False, unequal_lengths=False)
     def plain(q, k, v, **options):
-        return model.attention._BACKENDS["sdpa"].forward(q, k, v, **options)
+        return model.attention.registry._BACKENDS["sdpa"].forward(q, k, v, **options)
 
     shapes = [
         (replace(CASE, padding="left", valid=0.5), "not supported: padding"),

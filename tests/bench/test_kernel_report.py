@@ -8,9 +8,9 @@ import torch
 from simulator import kernels
 
 from bench import kernel_report
-from bench.chips import CHIPS, SOURCES, bounds, resident_blocks
-from bench.kernel_cases import CASES, Work
-from bench.sass import class_of
+from bench.lib.chips import CHIPS, SOURCES, bounds, resident_blocks
+from bench.lib.kernel_cases import CASES, Work
+from bench.lib.sass import class_of
 
 
 def make_copy():

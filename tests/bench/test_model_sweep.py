@@ -8,7 +8,7 @@ import torch
 
 from bench import harness, model_sweep
 from bench.harness import OK
-from bench.model_providers import Provider, build
+from bench.lib.providers import Provider, build
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import tokenizer_sweep
-from bench.texts import TEXTS, _is_prose
+from bench.lib.texts import TEXTS, _is_prose
 from bench.tokenizer_sweep import cut, main, rows_of
 
 

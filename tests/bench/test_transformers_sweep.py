@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from bench import model_providers, transformers_sweep
+from bench import transformers_sweep
 from bench.harness import OK
+from bench.lib import providers as model_providers
 
 
 @pytest.fixture

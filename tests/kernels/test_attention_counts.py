@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_cases import bounds, inputs
 
-from bench.sass import inspect
+from bench.lib.sass import inspect
 from kernels import flash_attention
 from kernels.configs import attention_config
 from kernels.simulator import simulate

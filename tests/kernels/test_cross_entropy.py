@@ -7,7 +7,7 @@ from lanes import across_lanes
 from rowwise import assert_bit_identical, check_against_oracle, poisoned, with_gradients
 from torch.library import opcheck
 
-from bench.live_bytes import LiveBytes
+from bench.lib.live_bytes import LiveBytes
 from kernels import cross_entropy, linear_cross_entropy, reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -12,8 +12,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from kernels import reference
-from model import attention_optional
 from model.attention import AttentionBackend, attention, attention_backends
+from model.attention import optional as attention_optional
 
 BOUNDS = ("kv_start", "kv_end", "q_start")
 # T_q, T_k, kv_start, kv_end, q_start of two rows.

@@ -9,7 +9,7 @@ from lanes import across_lanes
 from peers import TALKATIVE, spread, tiny_config
 
 from model import GPT2, GPT2Config
-from model.linear import Conv1D, Head, Linear
+from model.layers.linear import Conv1D, Head, Linear
 
 PROMPTS = [[5, 17, 80, 2, 9, 11, 63, 40, 3], [7], [20, 21, 22, 20, 21], [90, 1, 90, 1, 90, 33, 2]]
 

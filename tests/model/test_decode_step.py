@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT2
 from model.cache import KVCache
-from model.graph import DecodeStep
+from model.generation.graph import DecodeStep
 
 
 class Counting(TorchDispatchMode):

@@ -220,7 +220,7 @@ def test_samples_follow_the_distribution(models):
 
 
 def test_never_draws_what_has_no_probability():
-    from model.sampling import draw
+    from model.generation.sampling import draw
 
     scores = torch.full((1, 50257), -torch.inf)
     scores[0, 40_000] = 0.0

@@ -353,7 +353,8 @@ def test_refuses_what_the_backend_cannot_do():
 
 def test_a_backend_registered_from_outside_is_used_by_the_model():
     from kernels import reference
-    from model.attention import _BACKENDS, register_attention
+    from model.attention import register_attention
+    from model.attention.registry import _BACKENDS
 
     calls = []
 

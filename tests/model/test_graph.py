@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT2
 from model import cache as cache_module
-from model import graph as graph_module
 from model.attention import register_attention
 from model.cache import KVCache
-from model.generation import Decoding
-from model.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep
-from model.settings import Settings
+from model.generation import graph as graph_module
+from model.generation.generate import Decoding
+from model.generation.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep
+from model.generation.settings import Settings
 
 PROMPTS = [[5, 17, 80, 2, 9, 11], [7], [20, 21, 22]]
 UNIFORM = [[5, 17, 80], [90, 1, 33]]
@@ -274,7 +274,7 @@ class TestNothingWaits:
     def test_in_the_choice_of_tokens(self, monkeypatch, on_meta, prompts, options):
         """What stands between two steps: from a guarded first step to the next one's call."""
         guard, steps = ExitStack(), []
-        monkeypatch.setattr("model.generation.Decoding.prefill", lambda run, prompts: logits.clone())
+        monkeypatch.setattr("model.generation.generate.Decoding.prefill", lambda run, prompts: logits.clone())
 
         def decode(run, ids, first, end):
             guard.close()
@@ -284,7 +284,7 @@ class TestNothingWaits:
             guard.enter_context(no_waiting())
             return logits.clone()
 
-        monkeypatch.setattr("model.generation.Decoding.decode", decode)
+        monkeypatch.setattr("model.generation.generate.Decoding.decode", decode)
         logits = torch.zeros(len(prompts), 101, device="meta")
         with pytest.raises(StopIteration):
             on_meta.generate(prompts, max_new_tokens=20, eos_token_id=[3, 4], **options)
@@ -382,7 +382,7 @@ class TestWhatIsKept:
 
 class TestFallingBack:
     def said(self, caplog):
-        return [record.getMessage() for record in caplog.records if record.name == "model.graph"]
+        return [record.getMessage() for record in caplog.records if record.name == "model.generation.graph"]
 
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -394,14 +394,14 @@ class TestFallingBack:
         ids=["use_cache", "beams", "lookup"],
     )
     def test_what_is_not_captured_is_said_once(self, captures, caplog, model, options, reason):
-        caplog.set_level(logging.INFO, "model.graph")
+        caplog.set_level(logging.INFO, "model.generation.graph")
         for _ in range(2):
             say(model, UNIFORM[:1], **options)
         assert self.said(caplog) == [f"generate: decoding without a CUDA graph: {reason}"]
         assert not captures
 
     def test_models_that_are_not_captured(self, captures, caplog, model):
-        caplog.set_level(logging.INFO, "model.graph")
+        caplog.set_level(logging.INFO, "model.generation.graph")
         say(model.train(), UNIFORM)
         hook = model.eval().transformer.h[0].register_forward_hook(lambda *_: None)
         say(model, UNIFORM)
@@ -418,7 +418,7 @@ class TestFallingBack:
         assert not captures
 
     def test_on_a_cpu(self, caplog, model):
-        caplog.set_level(logging.INFO, "model.graph")
+        caplog.set_level(logging.INFO, "model.generation.graph")
         say(model, UNIFORM)
         assert self.said(caplog) == ["generate: decoding without a CUDA graph: the model is on cpu"]
 
@@ -431,12 +431,12 @@ class TestFallingBack:
         ids=["undeclared", "no-padding"],
     )
     def test_backends_from_outside(self, captures, caplog, monkeypatch, model, capabilities, reason):
-        from model import attention
+        from model.attention import registry as attention
 
         monkeypatch.setattr(attention, "_BACKENDS", dict(attention._BACKENDS))
         register_attention("mine", **capabilities)(attention._sdpa)
         model.set_attn_implementation("mine")
-        caplog.set_level(logging.INFO, "model.graph")
+        caplog.set_level(logging.INFO, "model.generation.graph")
         say(model, UNIFORM)
         assert self.said(caplog) == [f"generate: decoding without a CUDA graph: {reason}"]
 
@@ -455,7 +455,7 @@ class TestFallingBack:
         monkeypatch.setattr(graph_module, "capture", capture)
         out = assert_says_the_same(model, PROMPTS, max_new_tokens=24)
         assert len(tried) == good + 1
-        [record] = [record for record in caplog.records if record.name == "model.graph"]
+        [record] = [record for record in caplog.records if record.name == "model.generation.graph"]
         assert record.levelno == logging.WARNING
         assert record.getMessage().endswith(
             "its capture failed: RuntimeError: operation not permitted when stream is capturing"

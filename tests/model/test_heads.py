@@ -314,7 +314,7 @@ def test_a_plain_checkpoint_gets_a_new_head(name, tmp_path, caplog):
     cls = getattr(heads, name)
     plain = spread(GPT2(tiny_config())).eval()
     plain.bfloat16().save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="model.weights"):
+    with caplog.at_level(logging.WARNING, logger="model.checkpoints.pretrained"):
         ours = cls.from_pretrained(tmp_path, num_labels=3, hidden_dropout=0.2)
     new = [key for key in ours.state_dict() if key.startswith(cls.head_name)]
     assert [record.getMessage() for record in caplog.records] == [

@@ -5,7 +5,7 @@ import torch
 from lanes import across_lanes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.live_bytes import LiveBytes
+from bench.lib.live_bytes import LiveBytes
 from model import GPT2, GPT2Config
 
 SIZES = {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 101}

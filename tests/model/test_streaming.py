@@ -9,7 +9,7 @@ import torch
 from peers import TALKATIVE, spread, tiny_config
 
 from model import GPT2
-from model.streaming import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
+from model.generation.streaming import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
 
 TEXT = "naïve 世界 🙂!"
 

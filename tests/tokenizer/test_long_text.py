@@ -16,13 +16,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tokenizer import GPT2Tokenizer, spans, token_bytes, words
+from tokenizer import GPT2Tokenizer
 from tokenizer.bpe import BytePairEncoder
-from tokenizer.hashing import Table
-from tokenizer.merging import Merger
+from tokenizer.long_text import spans, token_bytes, words
+from tokenizer.long_text.hashing import Table
+from tokenizer.long_text.merging import Merger
+from tokenizer.long_text.spans import Spans
+from tokenizer.long_text.token_bytes import TokenBytes
 from tokenizer.pretokenize import pieces
-from tokenizer.spans import Spans
-from tokenizer.token_bytes import TokenBytes
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 PARTS = [*"\t\n\r \v\x1c\x85\xa0\u2003\u3000\u200b", *"a1.'中é\0", "'s", "'ll", "'ve", "'LL", "word", "😀", "  ", "٣"]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import MAX_HEAD_DIM
-from model import attention_optional
+from model.attention import optional as attention_optional
 
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -1,12 +1,12 @@
 """generate(): prefill, then one token for each row at a time, from whatever scores the processors leave.
 
 The prompts of a batch are taken without their padding: the cache holds each row from its own position 0, so that a row
-gives the tokens that it gives alone. On a CPU that holds to the bit, in every backend (see model/linear.py and
+gives the tokens that it gives alone. On a CPU that holds to the bit, in every backend (see model/layers/linear.py and
 KVCache.attend); on a GPU as far as its matrix products are independent of the number of rows.
 
-On a GPU a decode step is one replayed CUDA graph (model/graph.py), and the host, which runs ahead of the device, looks
-at the tokens every SYNC_EVERY steps alone; only a streamer, stop strings and the caller's own functions see more of
-them.
+On a GPU a decode step is one replayed CUDA graph (model/generation/graph.py), and the host, which runs ahead of the
+device, looks at the tokens every SYNC_EVERY steps alone; only a streamer, stop strings and the caller's own functions
+see more of them.
 """
 
 from contextlib import nullcontext
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 import torch
 
-from model.beam import beam_search
 from model.cache import KVCache
-from model.graph import DecodeGraphs, GraphedSteps, refusal
+from model.generation.beam import beam_search
+from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
+from model.generation.lookup import decode_with_lookup
+from model.generation.sampling import build_processors, build_warpers, draw, row_seeds, uniform_draws
+from model.generation.settings import Settings
+from model.generation.stopping import Stops
 from model.inputs import padding_bounds
-from model.linear import Linear
-from model.lookup import decode_with_lookup
+from model.layers.linear import Linear
 from model.outputs import GenerateOutput
-from model.sampling import build_processors, build_warpers, draw, row_seeds, uniform_draws
-from model.settings import Settings
-from model.stopping import Stops
 
 SYNC_EVERY = 16  # steps after which a GPU is asked whether all rows have ended
 
@@ -65,8 +65,8 @@ class GenerationMixin:
         are continued one after the other;
         cuda_graph: on a GPU, capture the decode step of greedy decoding and sampling, once for each number of rows and
         each 256 tokens of length, and replay it. The graphs and their cache memory stay with the model until
-        release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger "model.graph" says
-        why. False: never.
+        release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger
+        "model.generation.graph" says why. False: never.
         eos_token_id: one or several, by default the config's; [] for none.
         seed: one (row r gets seed + r), or one per row: a row's sample then depends on nothing else in the batch.
         stopping_criteria: functions (ids [R, L], scores) -> bool [R]; logits_processor: (ids, scores) -> scores; both

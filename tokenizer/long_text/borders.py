@@ -9,7 +9,7 @@ becomes characters that are.
 
 from functools import cached_property
 
-from .unicode_classes import ASCII_PATTERN, gpt2_pattern, letters
+from ..unicode_classes import ASCII_PATTERN, gpt2_pattern, letters
 
 FIRST, LAST = 0x2E80, 0xD7A3  # the blocks of Chinese, Japanese and Korean; all take three bytes
 

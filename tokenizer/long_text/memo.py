@@ -3,7 +3,7 @@
 import re
 from itertools import chain
 
-from .unicode_classes import WHITESPACE
+from ..unicode_classes import WHITESPACE
 
 MAX_KEY = 100  # characters: a longer piece is not remembered
 PIECES_BYTES = 16 << 20

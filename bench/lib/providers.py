@@ -13,7 +13,7 @@ from bench.harness import UsageError
 from model import GPT2, GPT2Config, attention_backends
 from model.attention import get_attention
 from model.cache import KVCache
-from model.settings import Settings
+from model.generation.settings import Settings
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
 GATE_TOKENS = 64

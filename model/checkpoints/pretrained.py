@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from model.config import GPT2Config
-from model.ops import check_kernels_name
+from model.layers.ops import check_kernels_name
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class PretrainedModel(nn.Module):
                 module.gradient_checkpointing = enabled
 
     def set_kernel_implementation(self, name):
-        """Chooses what computes LayerNorm, GELU and the loss: "auto", "triton" or "torch" (model/ops.py)."""
+        """Chooses what computes LayerNorm, GELU and the loss: "auto", "triton" or "torch" (model/layers/ops.py)."""
         check_kernels_name(name)
         for module in self.modules():
             if hasattr(module, "kernel_implementation"):

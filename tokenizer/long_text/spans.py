@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from .unicode_classes import WHITESPACE, ranges_of_letters_and_numbers
+from ..unicode_classes import WHITESPACE, ranges_of_letters_and_numbers
 
 BLOCK = 1 << 20  # bytes
 SHORT = 15  # bytes: what a number of 128 bits holds beside a length

@@ -1,0 +1,25 @@
+"""Attention: the contract that every backend keeps, the registry, and the backends."""
+
+from model.attention.registry import (
+    AttentionBackend,
+    attention,
+    attention_backends,
+    check_attention_name,
+    get_attention,
+    register_attention,
+    self_attention,
+    split_heads,
+    triton_runs_on,
+)
+
+__all__ = [
+    "AttentionBackend",
+    "attention",
+    "attention_backends",
+    "check_attention_name",
+    "get_attention",
+    "register_attention",
+    "self_attention",
+    "split_heads",
+    "triton_runs_on",
+]

@@ -1,0 +1,1 @@
+"""generate(): prefill, decoding steps, sampling, beams, streaming."""

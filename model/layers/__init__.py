@@ -1,0 +1,1 @@
+"""What a block is made of: linear layers, and the operations that Triton or torch computes."""
