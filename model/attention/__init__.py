@@ -1,5 +1,6 @@
 """Attention: the contract that every backend keeps, the registry, and the backends."""
 
+from model.attention import builtin, flash_attention_2, flex  # noqa: F401 (importing a backend's module registers it)
 from model.attention.registry import (
     AttentionBackend,
     attention,

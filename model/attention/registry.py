@@ -1,4 +1,4 @@
-"""The registry of attention backends, and the one contract that they all keep.
+"""The registry of attention backends, and the contract that all of them keep.
 
 The contract
 - Tensors are [B, H, T, D] views with any strides whose last is 1; nobody copies them. The output's memory order is
@@ -16,15 +16,11 @@ The contract
   Nothing falls back silently. "auto" is the one choice made for you: triton on a GPU that it supports, else sdpa.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-
-from kernels import flash_attention, flash_attention_packed, reference
-from kernels.attention import MAX_HEAD_DIM
-from model.attention import optional as attention_optional
 
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -82,13 +78,14 @@ class AttentionBackend:
 
 
 _BACKENDS: dict[str, AttentionBackend] = {}
+_NOT_INSTALLED: dict[str, str] = {}  # the package that a backend needs and that is not there, by the backend's name
 
 
-def register_attention(name, *, replace=False, **capabilities):
+def register_attention(name, *, replace=False, package=None, **capabilities):
     """Decorator: enters a function into the registry under `name`.
 
-    capabilities: the fields of AttentionBackend after `forward`. Raises ValueError if the name is taken and replace is
-    False.
+    capabilities: the fields of AttentionBackend after `forward`. package: one that the backend needs; where it is not
+    installed the backend is not entered. Raises ValueError if the name is taken and replace is False.
     """
 
     def register(forward):
@@ -96,7 +93,11 @@ def register_attention(name, *, replace=False, **capabilities):
             raise ValueError("register_attention: 'auto' is the registry's own choice and cannot be a backend's name")
         if name in _BACKENDS and not replace:
             raise ValueError(f"register_attention: {name!r} is already registered; pass replace=True to replace it")
-        _BACKENDS[name] = AttentionBackend(name, forward, **capabilities)
+        backend = AttentionBackend(name, forward, **capabilities)
+        if package is not None and importlib.util.find_spec(package) is None:
+            _NOT_INSTALLED[name] = package
+        else:
+            _BACKENDS[name] = backend
         return forward
 
     return register
@@ -109,6 +110,10 @@ def attention_backends():
 
 def check_attention_name(name):
     """Raises ValueError unless `name` is "auto" or a registered backend; returns it."""
+    if name in _NOT_INSTALLED:
+        raise ValueError(
+            f"attn_implementation={name!r} needs the package {_NOT_INSTALLED[name]}, which is not installed"
+        )
     if name != "auto" and name not in _BACKENDS:
         raise ValueError(f"attn_implementation={name!r} is unknown; choose one of: auto, {', '.join(_BACKENDS)}")
     return name
@@ -212,42 +217,3 @@ def self_attention(
         upcast=upcast,
     )
     return o.transpose(1, 2).reshape(B, T, three_C // 3)
-
-
-@register_attention("eager", weights=True, capturable=True)
-def _eager(q, k, v, *, return_weights, **options):
-    o, p = reference.attention(q, k, v, **options)
-    o = o.transpose(1, 2).contiguous().transpose(1, 2)  # memory order [B, T, H, D]
-    return o, p if return_weights else None
-
-
-@register_attention("sdpa", capturable=True)
-def _sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights):
-    """torch.nn.functional.scaled_dot_product_attention. Padding costs it a boolean [B, 1, T_q, T_k] mask."""
-    T_q, T_k = q.shape[-2], k.shape[-2]
-    padded = kv_start is not None or kv_end is not None or q_start is not None
-    if not padded and (not causal or T_q == 1 or T_q == T_k):
-        # torch aligns is_causal top-left, which agrees with the contract only where the lengths are equal.
-        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal and T_q == T_k, scale=scale)
-        return o, None
-    visible = reference.visible_keys(
-        T_q, T_k, causal=causal, kv_start=kv_start, kv_end=kv_end, q_start=q_start, device=q.device
-    )
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
-    return o.masked_fill(~visible.any(-1, keepdim=True), 0.0), None
-
-
-@register_attention(
-    "triton",
-    projection=flash_attention_packed,
-    dtypes=(torch.float16, torch.bfloat16, torch.float32),
-    max_head_dim=MAX_HEAD_DIM,
-    capturable=True,
-)
-def _triton(q, k, v, *, upcast, return_weights, **options):
-    """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""
-    return flash_attention(q, k, v, **options), None
-
-
-for _name, (_forward, _capabilities) in attention_optional.installed().items():
-    register_attention(_name, **_capabilities)(_forward)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import GPT2
 from model import cache as cache_module
 from model.attention import register_attention
+from model.attention.builtin import sdpa
 from model.cache import KVCache
 from model.generation import graph as graph_module
 from model.generation.generate import Decoding
@@ -434,7 +435,7 @@ class TestFallingBack:
         from model.attention import registry as attention
 
         monkeypatch.setattr(attention, "_BACKENDS", dict(attention._BACKENDS))
-        register_attention("mine", **capabilities)(attention._sdpa)
+        register_attention("mine", **capabilities)(sdpa)
         model.set_attn_implementation("mine")
         caplog.set_level(logging.INFO, "model.generation.graph")
         say(model, UNIFORM)
@@ -547,12 +548,11 @@ class TestOnAGPU:
 
 def fail_to_capture():
     """A backend that waits for the device where it says that it does not."""
-    from model.attention import _sdpa
 
     @register_attention("waits", capturable=True)
     def waits(q, *arguments, **options):
         q.sum().item()
-        return _sdpa(q, *arguments, **options)
+        return sdpa(q, *arguments, **options)
 
     model = talkative("waits", n_layer=2).cuda()
     stream = torch.cuda.current_stream()

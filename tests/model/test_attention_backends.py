@@ -3,6 +3,7 @@
 The stand-in has the signatures and the semantics that flash_attn documents for 2.1 and newer, computed plainly.
 """
 
+import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -12,8 +13,9 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from kernels import reference
-from model.attention import AttentionBackend, attention, attention_backends
-from model.attention import optional as attention_optional
+from model.attention import attention, attention_backends, get_attention, registry
+from model.attention import flash_attention_2 as flash_attention_2_module
+from model.attention import flex as flex_module
 
 BOUNDS = ("kv_start", "kv_end", "q_start")
 # T_q, T_k, kv_start, kv_end, q_start of two rows.
@@ -53,20 +55,20 @@ def call(backend, q, k, v, **options):
 )
 def test_flex_keeps_the_contract(name, causal, monkeypatch):
     """Uncompiled, in its plain form: compiling for the CPU takes ten seconds a case, and has no backward there."""
-    monkeypatch.setattr(attention_optional, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(flex_module, "_compiled_flex", lambda: flex_attention)
     q, k, v, _, bounds = case(name)
-    o = call(attention_optional.flex, q, k, v, causal=causal, scale=0.3, **bounds)
+    o = call(flex_module.flex, q, k, v, causal=causal, scale=0.3, **bounds)
     expected, _ = reference.attention(q, k, v, causal=causal, scale=0.3, **bounds)
     torch.testing.assert_close(o, expected, rtol=0, atol=2e-6)
 
 
 def test_flex_keeps_a_mask_until_its_bounds_change(monkeypatch):
     built = []
-    monkeypatch.setattr(attention_optional, "_build_block_mask", lambda *arguments: built.append(arguments))
+    monkeypatch.setattr(flex_module, "_build_block_mask", lambda *arguments: built.append(arguments))
     start = torch.tensor([1, 2], dtype=torch.int32)
 
     def mask(*bounds):
-        attention_optional._block_mask(8, 8, True, start.device, *bounds)
+        flex_module._block_mask(8, 8, True, start.device, *bounds)
         return len(built)
 
     assert [mask(start, None, None), mask(start, None, None)] == [1, 1]
@@ -84,8 +86,7 @@ def test_flex_says_what_it_cannot():
     q, k, v, _, _ = case("square")
     with pytest.raises(ValueError, match=r"'flex' does not support device cpu \(it runs on cuda\).*eager, sdpa"):
         attention(q, k, v, backend="flex")
-    _, capabilities = attention_optional.installed()["flex"]
-    assert capabilities["dropout"] is False
+    assert get_attention("flex").dropout is False
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_flash_attention_2_keeps_the_contract(flash_attn, name, causal):
         o = function(*leaves)
         return o, *torch.autograd.grad(o, leaves, do)
 
-    got = with_gradients(lambda *x: call(attention_optional.flash_attention_2, *x, causal=causal, **bounds))
+    got = with_gradients(lambda *x: call(flash_attention_2_module.flash_attention_2, *x, causal=causal, **bounds))
     expected = with_gradients(lambda *x: reference.attention(*x, causal=causal, **bounds)[0])
     for actual, wanted in zip(got, expected):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=2e-6)
@@ -142,29 +143,47 @@ def test_flash_attention_2_keeps_the_contract(flash_attn, name, causal):
 
 def test_flash_attention_2_is_given_the_layout_that_it_takes(flash_attn):
     q, k, v, _, _ = case("decode")
-    call(attention_optional.flash_attention_2, q, k, v, causal=True, scale=0.25, dropout_p=0.1, **dict.fromkeys(BOUNDS))
+    call(
+        flash_attention_2_module.flash_attention_2,
+        q,
+        k,
+        v,
+        causal=True,
+        scale=0.25,
+        dropout_p=0.1,
+        **dict.fromkeys(BOUNDS),
+    )
     assert flash_attn.calls == [{"dropout_p": 0.1, "softmax_scale": 0.25, "causal": True, "q": (2, 1, 3, 16)}]
     flash_attn.calls.clear()
     q, k, v, _, bounds = case("left")
-    call(attention_optional.flash_attention_2, q, k, v, causal=True, scale=0.25, dropout_p=0.1, **bounds)
+    call(flash_attention_2_module.flash_attention_2, q, k, v, causal=True, scale=0.25, dropout_p=0.1, **bounds)
     row = {"dropout_p": 0.1, "softmax_scale": 0.25, "causal": True, "q": (1, 17, 3, 16)}
     assert flash_attn.calls == [row, row]  # one call for both rows: no query stands beyond the last key
 
 
 def test_flash_attention_2_is_there_when_its_package_is(flash_attn, monkeypatch):
-    forward, capabilities = attention_optional.installed()["flash_attention_2"]
-    assert forward is attention_optional.flash_attention_2
-    backend = AttentionBackend("flash_attention_2", forward, **capabilities)
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    monkeypatch.setattr(registry, "_NOT_INSTALLED", {})
+    importlib.reload(flash_attention_2_module)
+    backend = get_attention("flash_attention_2")
+    assert backend.forward is flash_attention_2_module.flash_attention_2
     request = {"device": "cuda", "dtype": torch.float16, "head_dim": 64}
     assert backend.refusal(**request, padding=True, dropout=True, unequal_lengths=True) is None
     assert backend.refusal(**request | {"dtype": torch.float32}) == "torch.float32 (it computes float16, bfloat16)"
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    monkeypatch.setattr(attention_optional.importlib.util, "find_spec", lambda name: None)
-    assert "flash_attention_2" not in attention_optional.installed()
+
+
+def test_flash_attention_2_is_not_there_when_its_package_is_not(monkeypatch):
+    monkeypatch.setattr(registry, "_BACKENDS", {})
+    monkeypatch.setattr(registry, "_NOT_INSTALLED", {})
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    importlib.reload(flash_attention_2_module)
+    assert attention_backends() == ()
+    with pytest.raises(ValueError, match="'flash_attention_2' needs the package flash_attn, which is not installed"):
+        get_attention("flash_attention_2")
 
 
 def test_an_old_flash_attn_is_refused(flash_attn):
     flash_attn.__version__ = "2.0.8"
     q, k, v, _, bounds = case("square")
     with pytest.raises(ImportError, match=r"flash_attn 2\.0\.8 is installed; 2\.1 or newer is required"):
-        call(attention_optional.flash_attention_2, q, k, v, causal=True, **bounds)
+        call(flash_attention_2_module.flash_attention_2, q, k, v, causal=True, **bounds)

@@ -1,0 +1,43 @@
+"""The backends that need nothing beside torch and this project: eager, sdpa, triton."""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import flash_attention, flash_attention_packed, reference
+from kernels.attention import MAX_HEAD_DIM
+from model.attention.registry import register_attention
+
+
+@register_attention("eager", weights=True, capturable=True)
+def eager(q, k, v, *, return_weights, **options):
+    o, p = reference.attention(q, k, v, **options)
+    o = o.transpose(1, 2).contiguous().transpose(1, 2)  # memory order [B, T, H, D]
+    return o, p if return_weights else None
+
+
+@register_attention("sdpa", capturable=True)
+def sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights):
+    """torch.nn.functional.scaled_dot_product_attention. Padding costs it a boolean [B, 1, T_q, T_k] mask."""
+    T_q, T_k = q.shape[-2], k.shape[-2]
+    padded = kv_start is not None or kv_end is not None or q_start is not None
+    if not padded and (not causal or T_q == 1 or T_q == T_k):
+        # torch aligns is_causal top-left, which agrees with the contract only where the lengths are equal.
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal and T_q == T_k, scale=scale)
+        return o, None
+    visible = reference.visible_keys(
+        T_q, T_k, causal=causal, kv_start=kv_start, kv_end=kv_end, q_start=q_start, device=q.device
+    )
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
+    return o.masked_fill(~visible.any(-1, keepdim=True), 0.0), None
+
+
+@register_attention(
+    "triton",
+    projection=flash_attention_packed,
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
+    max_head_dim=MAX_HEAD_DIM,
+    capturable=True,
+)
+def triton(q, k, v, *, upcast, return_weights, **options):
+    """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""
+    return flash_attention(q, k, v, **options), None
