@@ -13,6 +13,7 @@ from model.cache import KVCache
 from model.checkpoints.pretrained import PretrainedModel
 from model.generation.generate import GenerationMixin
 from model.inputs import check_shape, lookup, new_tokens, padding_bounds
+from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
 from model.layers.ops import (
     activation,
@@ -306,20 +307,6 @@ class GPT2(GenerationMixin, PretrainedModel):
 
 
 GPT2LMHeadModel = GPT2
-
-
-@torch.no_grad()
-def init_weights(module, config):
-    """GPT-2's initialisation: normal with std initializer_range, biases 0, norms 1 and 0.
-
-    The projections into the residual stream are scaled by 1 / sqrt(2 * n_layer), one for each of its additions.
-    """
-    for name, part in module.named_modules():
-        if isinstance(part, Conv1D | Head | nn.Linear | nn.Embedding):
-            scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
-            part.weight.normal_(0.0, config.initializer_range * scale)
-            if getattr(part, "bias", None) is not None:
-                part.bias.zero_()
 
 
 def _compute_dtype(model):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.checkpoints.pretrained import PretrainedModel
-from model.gpt2 import GPT2, GPT2Model, init_weights
+from model.gpt2 import GPT2, GPT2Model
 from model.inputs import check_shape
+from model.layers.initialisation import init_weights
 from model.layers.ops import activation, causal_lm_loss
 from model.outputs import DoubleHeadsOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
 
