@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from model.checkpoints.files import Source, replace_file
+
 ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -223,8 +225,6 @@ class GPT2Config:
     @classmethod
     def from_pretrained(cls, name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw):
         """Reads the config.json of a directory or of a Hugging Face Hub repository; `kw` overrides its fields."""
-        from model.checkpoints.pretrained import Source
-
         source = Source(name_or_path, revision, cache_dir, local_files_only, token)
         return cls.from_json_file(source.require("config.json"), **kw)
 
@@ -239,8 +239,6 @@ class GPT2Config:
 
     def save_pretrained(self, directory):
         """Writes config.json into the directory, which is created if need be."""
-        from model.checkpoints.pretrained import replace_file
-
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with replace_file(directory / "config.json") as path:

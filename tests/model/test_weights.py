@@ -10,7 +10,7 @@ from peers import pair, spread, tiny_config
 from safetensors.torch import load_file, save_file
 
 from model import GPT2, GPT2Config, GPT2Model
-from model.checkpoints.pretrained import replace_file
+from model.checkpoints.files import replace_file
 
 IDS = torch.arange(12).view(2, 6)
 
