@@ -5,6 +5,7 @@ Source: transformers.GPT2Config (5.x); the five sizes are those of the GPT-2 pap
 
 import functools
 import json
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -31,6 +32,7 @@ PRESETS = {
     "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
 }
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _POSITIVE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")
 _SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
@@ -43,6 +45,8 @@ def _accept_aliases(cls):
 
     @functools.wraps(init)
     def __init__(self, *args, num_labels=None, **kwargs):
+        if "model_type" in kwargs:  # GPT2Config(**config.to_dict()), whose keys need not be fields
+            kwargs = cls.sorted_keys(kwargs)
         for alias in ALIASES.keys() & kwargs.keys():
             name = ALIASES[alias]
             if name in kwargs:
@@ -67,6 +71,11 @@ def _accept_aliases(cls):
     return cls
 
 
+def token_list(token):
+    """None, one id or several, as a list."""
+    return [] if token is None else [token] if isinstance(token, int) else list(token)
+
+
 def _two_labels():
     return {0: "LABEL_0", 1: "LABEL_1"}
 
@@ -78,6 +87,10 @@ class GPT2Config:
 
     n_inner: width of the MLP, 4 * n_embd if None. `extra` holds the keys of a config.json that are no field here: they
     are kept and written back. `dtype` is a torch.dtype or its name.
+
+    bos, eos and pad_token_id default to GPT-2's; with a vocabulary of your own give its own, or None:
+    GPT2Config(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id).
+    One that lies outside the vocabulary can be neither fed nor said: a UserWarning names it.
     """
 
     vocab_size: int = 50257
@@ -128,6 +141,7 @@ class GPT2Config:
         if self.label2id is None:
             self.label2id = {label: index for index, label in self.id2label.items()}
         self.validate()
+        self.warn_of_special_tokens()
 
     @classmethod
     def preset(cls, name, **overrides):
@@ -193,10 +207,31 @@ class GPT2Config:
                 "GPT2Config: add_cross_attention and is_encoder_decoder are not supported; this is the decoder alone"
             )
 
+    def special_tokens(self):
+        """The ids of bos, eos (perhaps several) and pad, by field: a list each."""
+        return {name: token_list(getattr(self, name)) for name in SPECIAL_TOKENS}
+
+    def warn_of_special_tokens(self, stacklevel=5):  # 5: whoever called GPT2Config
+        """Warns of special ids outside the vocabulary, which generation would wait for, or pad with, in vain."""
+        outside = [name for name, ids in self.special_tokens().items() if any(i >= self.vocab_size for i in ids)]
+        if outside:
+            came = ", ".join(f"{name}={getattr(self, name)}" for name in outside)
+            advice = ", ".join(f"{name}=..." for name in outside)
+            warnings.warn(
+                f"GPT2Config: {came}: outside the vocabulary of {self.vocab_size} tokens; no text will end there. Give "
+                f"your tokenizer's own ids, or None: GPT2Config(vocab_size={self.vocab_size}, {advice})",
+                stacklevel=stacklevel,
+            )
+
     @classmethod
     def from_dict(cls, values, **overrides):
         """A config from the keys of a config.json; keys that are no field are kept in `extra`."""
-        values = {**values, **overrides}
+        return cls(**cls.sorted_keys({**values, **overrides}))
+
+    @classmethod
+    def sorted_keys(cls, values):
+        """The keys of a config.json as the constructor's arguments: what is no field stands in `extra`."""
+        values = dict(values)
         model_type = values.pop("model_type", "gpt2")
         if model_type != "gpt2":
             raise ValueError(f"GPT2Config: model_type is {model_type!r}; it must be 'gpt2'")
@@ -209,7 +244,8 @@ class GPT2Config:
                 value = values.pop(alias)
                 values.setdefault(name, value)
         known = {key: value for key, value in values.items() if key in cls.names()}
-        return cls(**known, extra={key: value for key, value in values.items() if key not in known})
+        extra = {key: value for key, value in values.items() if key not in known and key != "extra"}
+        return {**known, "extra": {**values.get("extra", {}), **extra}}
 
     @classmethod
     def from_json_file(cls, path, **overrides):

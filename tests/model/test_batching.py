@@ -72,7 +72,9 @@ class TestGreedy:
         assert_rows_are_as_alone(model, PROMPTS, use_cache=False, max_new_tokens=4)
 
     def test_at_gpt2s_width(self, backend, threads):
-        model = spread(GPT2(GPT2Config(n_layer=2, vocab_size=1000), attn_implementation=backend)).eval()
+        model = spread(
+            GPT2(GPT2Config(n_layer=2, vocab_size=1000, bos_token_id=0, eos_token_id=0), attn_implementation=backend)
+        ).eval()
         prompts = [list(range(a, a + n)) for a, n in ((0, 70), (100, 1), (200, 33))]
         assert_rows_are_as_alone(model, prompts, max_new_tokens=5)
 

@@ -181,3 +181,43 @@ def test_refuses_unknown_names_and_files(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must be an object"):
         GPT2Config.from_pretrained(tmp_path)
+
+
+class TestSpecialTokens:
+    """Regression: GPT2Config(vocab_size=1000) kept eos 50256, said nothing, and its texts never ended."""
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"vocab_size": 1000},
+            {"vocab_size": 50257, "bos_token_id": None, "eos_token_id": [3, 50257]},
+            {"pad_token_id": 50257},
+        ],
+        ids=["default", "one of several eos", "pad"],
+    )
+    def test_outside_the_vocabulary_warn(self, fields):
+        with pytest.warns(
+            UserWarning, match=r"outside the vocabulary of \d+ tokens.*your tokenizer's own ids, or None"
+        ):
+            GPT2Config(**fields)
+
+    def test_those_inside_do_not(self, recwarn):
+        GPT2Config()
+        GPT2Config(vocab_size=1000, bos_token_id=None, eos_token_id=None)
+        GPT2Config(vocab_size=1000, bos_token_id=0, eos_token_id=[1, 999], pad_token_id=2)
+        assert not recwarn.list
+
+    def test_the_warning_shows_the_callers_line(self):
+        with pytest.warns(UserWarning) as warned:
+            GPT2Config(vocab_size=1000)
+        assert warned[0].filename == __file__
+
+
+def test_a_config_can_be_made_from_its_dict():
+    config = GPT2Config(n_head=4, eos_token_id=[1, 2], dtype="bfloat16", extra={"n_special": 3})
+    assert GPT2Config(**config.to_dict()) == config
+    assert GPT2Config(**transformers.GPT2Config(n_head=4).to_dict()) == GPT2Config.from_dict(
+        transformers.GPT2Config(n_head=4).to_dict()
+    )
+    with pytest.raises(TypeError, match="n_heads"):
+        GPT2Config(n_heads=4)
