@@ -29,9 +29,12 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import harness
-from bench.harness import OK, UsageError
 from bench.lib.attention_cases import SCENARIOS, SIZES, Case, cache_bytes, flops, modes_of, variants
+from bench.lib.cli import Parser, UsageError, positive, progress
+from bench.lib.clock import attempt, measure, peak_memory_mb
+from bench.lib.gate import FORWARD_FACTOR, GRADIENT_FACTOR, OK, judge
+from bench.lib.lanes import DTYPES, rows_by_lane
+from bench.lib.record import environment_of, finish
 from kernels import flash_attention, reference
 from kernels.attention.dropout import attention_keep_mask
 from kernels.simulator import simulate
@@ -94,7 +97,7 @@ def make_call(mode, name, inputs, options):
 
 def refusal(name, device, dtype, head_dim, **needs):
     """Why the backend cannot serve such tensors, in the registry's words, or None. needs: as Case.needs gives them."""
-    request = {"device": device, "dtype": harness.DTYPES[dtype], "head_dim": head_dim}
+    request = {"device": device, "dtype": DTYPES[dtype], "head_dim": head_dim}
     reason = get_attention("sdpa" if name in SDPA_KERNELS else name).refusal(**request, **needs)
     on_gpu = torch.device(device).type == "cuda"
     if reason is None and name == "triton" and on_gpu and get_attention("auto", **request).name != "triton":
@@ -150,9 +153,7 @@ class Gate:
             keep = attention_keep_mask(seed, case.B, case.H, case.T, case.T_k, p, asked["kv_start"])
             self.options = asked | {"dropout_p": p, "dropout_seed": seed}
             asked = asked | {"dropout_p": p, "keep": two_heads(keep)}
-        self.baseline, self.oracle = (
-            expected(inputs, dtype, **asked) for dtype in (harness.DTYPES[case.dtype], torch.float64)
-        )
+        self.baseline, self.oracle = (expected(inputs, dtype, **asked) for dtype in (DTYPES[case.dtype], torch.float64))
 
 
 def gates(case, inputs, names):
@@ -165,7 +166,7 @@ def gates(case, inputs, names):
 def check(mode, name, inputs, gate):
     """(error, status) of one backend on `inputs`."""
     try:
-        actual, status = harness.attempt(lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options)()])
+        actual, status = attempt(lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options)()])
     except RuntimeError as error:
         if name not in SDPA_KERNELS or not any(words in str(error) for words in SDPA_REFUSALS):
             raise
@@ -174,7 +175,7 @@ def check(mode, name, inputs, gate):
         return None, status
     baseline, oracle = gate.baseline[mode], gate.oracle[mode]
     results = {key: (x, baseline[key], oracle[key]) for key, x in zip(oracle, actual)}
-    return harness.judge(results, factor=harness.FORWARD_FACTOR if mode == "forward" else harness.GRADIENT_FACTOR)
+    return judge(results, factor=FORWARD_FACTOR if mode == "forward" else GRADIENT_FACTOR)
 
 
 # Rows
@@ -204,13 +205,13 @@ def timed_rows(case, names, modes, device, quick):
             entry["checked"] = gate_of[name].checked
             entry["error"], entry["status"] = check(mode, name, inputs, gate_of[name])
             if entry["status"] == OK:
-                entry["peak_memory_mb"], entry["status"] = harness.attempt(
-                    harness.peak_memory_mb, partial(_both, mode, name, inputs, options), device
+                entry["peak_memory_mb"], entry["status"] = attempt(
+                    peak_memory_mb, partial(_both, mode, name, inputs, options), device
                 )
             if entry["status"] == OK:
                 passed[name] = entry
         makes = {name: partial(make_call, mode, name, inputs, options) for name in passed}
-        for name, timing in harness.measure(makes, device, quick=quick).items():
+        for name, timing in measure(makes, device, quick=quick).items():
             passed[name].update(timing)
             if timing["median_ms"] is not None:
                 passed[name]["tflops"] = flops(mode, case) / timing["median_ms"] / 1e9
@@ -226,7 +227,7 @@ def _both(mode, name, inputs, options):
 
 def lane_rows(cases, modes):
     """Rows of the Triton kernel where there is no GPU: its error from the dtype's lane, and no time."""
-    return harness.rows_by_lane(rows_in_lane, cases, modes)
+    return rows_by_lane(rows_in_lane, cases, modes)
 
 
 def rows_in_lane(lane, cases, modes):
@@ -254,24 +255,22 @@ def rows_in_lane(lane, cases, modes):
 
 
 def parser():
-    result = harness.Parser("bench/attention_sweep.py", __doc__, check=complete)
+    result = Parser("bench/attention_sweep.py", __doc__, check=complete)
     result.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["lengths"], help="default: lengths")
     result.add_argument("--backends", nargs="+", metavar="NAME", help=f"of the registry, or {', '.join(SDPA_KERNELS)}")
-    result.add_argument(
-        "--dtype", nargs="+", choices=harness.DTYPES, help="default: float16 on a GPU, float32 on a CPU"
-    )
-    result.add_argument("--heads", type=harness.positive, default=12, metavar="H", help="default: 12")
-    result.add_argument("--head-dim", type=harness.positive, default=64, metavar="D", help="default: 64")
+    result.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+    result.add_argument("--heads", type=positive, default=12, metavar="H", help="default: 12")
+    result.add_argument("--head-dim", type=positive, default=64, metavar="D", help="default: 64")
     result.add_argument(
         "--seq-lens",
-        type=harness.positive,
+        type=positive,
         nargs="+",
         metavar="T",
         help="for decode, of the cache; default: 128 to 16384, on a CPU to 1024, other scenarios fewer",
     )
     batch = result.add_mutually_exclusive_group()
-    batch.add_argument("--tokens", type=harness.positive, metavar="N", help="B = N // T; default: 16384, on a CPU 1024")
-    batch.add_argument("--batch", type=harness.positive, metavar="B", help="the same B for each T, instead of --tokens")
+    batch.add_argument("--tokens", type=positive, metavar="N", help="B = N // T; default: 16384, on a CPU 1024")
+    batch.add_argument("--batch", type=positive, metavar="B", help="the same B for each T, instead of --tokens")
     result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     result.add_argument("--full", action="store_true", help="attention to all keys; default: causal")
     return result
@@ -353,12 +352,12 @@ def _check_memory(cases):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = harness.environment(args.device, args.command)
+    environment = environment_of(args.device, args.command)
     in_lane = args.device.type == "cpu" and "triton" in args.backends
     timed = [name for name in args.backends if not (in_lane and name == "triton")]
 
     rows = []
-    for case in harness.progress(args.cases if timed else [], "attention"):
+    for case in progress(args.cases if timed else [], "attention"):
         rows += timed_rows(case, timed, modes_of(case.scenario, args.mode), args.device, args.quick)
     if in_lane:
         rows += lane_rows([case for scenario in args.scenario for case in lane_cases(args, scenario)], args.mode)
@@ -367,7 +366,7 @@ def main(argv=None):
 
     print(f"{environment['device']}: H = {args.heads}, D = {args.head_dim}, {'full' if args.full else 'causal'}")
     columns = {name: SHAPE + SCENARIO_COLUMNS.get(name, ()) + RESULT for name in args.scenario}
-    harness.finish(args.out / "attention_sweep.json", environment, rows, columns=columns, by="scenario")
+    finish(args.out / "attention_sweep.json", environment, rows, columns=columns, by="scenario")
 
 
 if __name__ == "__main__":

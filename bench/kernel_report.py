@@ -12,9 +12,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.harness import environment
 from bench.lib.chips import CHIPS, SOURCES, bounds, resident_blocks
 from bench.lib.kernel_cases import CASES
+from bench.lib.record import environment_of
 from bench.lib.sass import inspect
 from kernels.simulator import simulate
 
@@ -166,7 +166,7 @@ def main(argv=None):
     print(render(rows, args.arch))
     if args.json:
         command = " ".join(["python", "bench/kernel_report.py", *(sys.argv[1:] if argv is None else argv)])
-        args.json.write_text(json.dumps({"environment": environment("cpu", command), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"environment": environment_of("cpu", command), "rows": rows}, indent=1) + "\n")
         print(f"\nwrote {args.json}")
     if earlier is not None:
         print(f"\nagainst {args.against}:")

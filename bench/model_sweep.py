@@ -21,10 +21,13 @@ allocates above them; on a CPU it is counted, not measured: live tensors, withou
 from functools import partial
 from itertools import product
 
-from bench import harness
-from bench.harness import OK, UsageError
+from bench.lib.cli import Parser, UsageError, positive, progress
+from bench.lib.clock import attempt, measure, peak_memory_mb
+from bench.lib.gate import OK
+from bench.lib.lanes import DTYPES
 from bench.lib.live_bytes import LiveBytes
 from bench.lib.providers import THEIRS, Provider, build, gate, refuse
+from bench.lib.record import NOT_MEASURED, cell, environment_of, finish, save, table
 from model import GPT2Config, attention_backends
 from model.config import PRESETS
 
@@ -63,11 +66,11 @@ def sweep(args):
     providers = [Provider(name, ours) for name in args.pair]
     judged = gate(providers, ours)
     rows = []
-    for mode, B, T, is_left_out in harness.progress(cases(args), "model sweep"):
+    for mode, B, T, is_left_out in progress(cases(args), "model sweep"):
         entries = {}
         for provider in providers:
             error, status = judged[provider.name]
-            status = harness.NOT_MEASURED if status == OK and is_left_out else status
+            status = NOT_MEASURED if status == OK and is_left_out else status
             entry = {"backend": provider.name, "mode": mode, "size": args.size, "dtype": args.dtype, "B": B, "T": T}
             entry |= dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "peak_memory_mb"))
             rows.append(entry | {"error": error, "lane": args.device.type, "status": status})
@@ -76,23 +79,23 @@ def sweep(args):
         for provider in providers:
             if provider.name in entries:
                 entry = entries[provider.name]
-                peak = harness.attempt(peak_memory_mb, provider, partial(getattr(provider, mode), B, T), args.device)
+                peak = attempt(peak_with_weights_mb, provider, partial(getattr(provider, mode), B, T), args.device)
                 entry["peak_memory_mb"], entry["status"] = peak
                 if entry["status"] != OK:
                     del entries[provider.name]
         makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if p.name in entries}
         on_cpu = {"limit_s": CPU_LIMIT_S, "is_warm": True} if args.device.type == "cpu" else {}
-        for name, timing in harness.measure(makes, args.device, quick=args.quick, **on_cpu).items():
+        for name, timing in measure(makes, args.device, quick=args.quick, **on_cpu).items():
             entries[name].update(timing)
     return rows
 
 
-def peak_memory_mb(provider, make, device):
+def peak_with_weights_mb(provider, make, device):
     """The weights and what make()() allocates above them: measured on a GPU, counted on a CPU."""
     make()  # packs the weights, or drops what is packed
     provider.model.zero_grad(set_to_none=True)  # those of the case before
     if device.type == "cuda":
-        peak = harness.peak_memory_mb(lambda: make()(), device)
+        peak = peak_memory_mb(lambda: make()(), device)
     else:
         with LiveBytes(held=provider.model.parameters()) as live:
             make()()
@@ -127,7 +130,7 @@ def markdown(rows, pair, environment):
         for B, T in dict.fromkeys((row["B"], row["T"]) for row in mine.values()):
             first, second = mine[a, B, T], mine[b, B, T]
             cells = [B, T, *(_time(row, scale) for row in (first, second)), _percent(first, second, "median_ms")]
-            cells += [*(harness.cell(row["peak_memory_mb"]) for row in (first, second))]
+            cells += [*(cell(row["peak_memory_mb"]) for row in (first, second))]
             cells += [_percent(first, second, "peak_memory_mb")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         parts.append("\n".join(lines))
@@ -135,25 +138,25 @@ def markdown(rows, pair, environment):
 
 
 def _time(row, scale):
-    return row["status"] if row["status"] != OK else harness.cell(row["median_ms"] * scale)
+    return row["status"] if row["status"] != OK else cell(row["median_ms"] * scale)
 
 
 def _percent(first, second, field):
     """By how much the first exceeds the second, in percent of the second, as the page has it."""
     if first[field] is None or second[field] is None:
-        return harness.NOT_MEASURED
+        return NOT_MEASURED
     return f"{100 * (first[field] / second[field] - 1):.1f}"
 
 
 def parser():
-    result = harness.Parser("bench/model_sweep.py", __doc__, check=complete)
+    result = Parser("bench/model_sweep.py", __doc__, check=complete)
     known = (*attention_backends(), *THEIRS)
     result.add_argument("--pair", nargs=2, metavar="NAME", help=f"two of {', '.join(known)}")
     result.add_argument("--size", choices=PRESETS, help="default: gpt2-large on a GPU, as on the page; else distilgpt2")
-    result.add_argument("--dtype", choices=harness.DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+    result.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    result.add_argument("--batch", type=harness.positive, nargs="+", metavar="B", help="default: the page's")
-    result.add_argument("--seq-lens", type=harness.positive, nargs="+", metavar="T", help="default: the page's")
+    result.add_argument("--batch", type=positive, nargs="+", metavar="B", help="default: the page's")
+    result.add_argument("--seq-lens", type=positive, nargs="+", metavar="T", help="default: the page's")
     return result
 
 
@@ -175,16 +178,16 @@ def complete(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = harness.environment(args.device, args.command)
+    environment = environment_of(args.device, args.command)
     rows = sweep(args)
     text = markdown(rows, args.pair, environment)
     (args.out / "model_sweep.md").write_text(text, encoding="utf-8")
     path = args.out / "model_sweep.json"
     if "inference" in args.mode:
-        harness.finish(path, environment, rows, columns=COLUMNS)
+        finish(path, environment, rows, columns=COLUMNS)
     else:  # no diagram
-        harness.save(path, environment, rows)
-        print(f"{harness.table(rows, COLUMNS)}\n\nwrote {path}")
+        save(path, environment, rows)
+        print(f"{table(rows, COLUMNS)}\n\nwrote {path}")
     print(f"wrote {args.out / 'model_sweep.md'}")
 
 

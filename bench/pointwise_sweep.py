@@ -26,8 +26,11 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import harness
-from bench.harness import OK, UsageError
+from bench.lib.cli import Parser, UsageError, progress
+from bench.lib.clock import attempt, measure, peak_memory_mb
+from bench.lib.gate import FORWARD_FACTOR, GRADIENT_FACTOR, OK, judge
+from bench.lib.lanes import DTYPES, rows_by_lane
+from bench.lib.record import environment_of, finish
 from kernels import reference
 from kernels.simulator import simulate
 
@@ -79,7 +82,7 @@ class Case:
         options = {"generator": generator, "device": device}
 
         def normal(*shape):
-            return torch.randn(*shape, **options).to(harness.DTYPES[self.dtype])
+            return torch.randn(*shape, **options).to(DTYPES[self.dtype])
 
         M, N = self.M, self.N
         if self.op == "cross_entropy":
@@ -103,7 +106,7 @@ def bytes(mode, case):
         "bias_gelu": (2, 3),
         "cross_entropy": (1, 2),
     }[case.op][MODES.index(mode)]
-    return tensors * case.M * case.N * harness.DTYPES[case.dtype].itemsize
+    return tensors * case.M * case.N * DTYPES[case.dtype].itemsize
 
 
 # Providers
@@ -173,13 +176,13 @@ def expected(mode, case, inputs, gradients, dtype):
 
 def check(mode, function, case, inputs, gradients):
     """(error, status) of one provider."""
-    actual, status = harness.attempt(lambda: make_call(mode, function, inputs, gradients)())
+    actual, status = attempt(lambda: make_call(mode, function, inputs, gradients)())
     if status != OK:
         return None, status
-    baseline = expected(mode, case, inputs, gradients, harness.DTYPES[case.dtype])
+    baseline = expected(mode, case, inputs, gradients, DTYPES[case.dtype])
     oracle = expected(mode, case, inputs, gradients, torch.float64)
     results = {f"result {i}": triple for i, triple in enumerate(zip(actual, baseline, oracle))}
-    return harness.judge(results, factor=harness.FORWARD_FACTOR if mode == "forward" else harness.GRADIENT_FACTOR)
+    return judge(results, factor=FORWARD_FACTOR if mode == "forward" else GRADIENT_FACTOR)
 
 
 # Rows
@@ -197,7 +200,7 @@ def copy_gb_per_s(device, quick):
     """The device's copy bandwidth, bytes read and written over the median time, in 10^9 bytes a second."""
     x = torch.empty(2**29 if device.type == "cuda" else 2**25, dtype=torch.int8, device=device)
     y = torch.empty_like(x)
-    timing = harness.measure({"copy": lambda: lambda: y.copy_(x)}, device, quick=quick)["copy"]
+    timing = measure({"copy": lambda: lambda: y.copy_(x)}, device, quick=quick)["copy"]
     return 2 * x.numel() / timing["median_ms"] / 1e6
 
 
@@ -218,11 +221,11 @@ def timed_rows(case, names, modes, device, copy, quick):
             entry["error"], entry["status"] = check(mode, function, case, inputs, gradients)
             if entry["status"] == OK:
                 both = partial(_both, mode, function, inputs, gradients)
-                entry["peak_memory_mb"], entry["status"] = harness.attempt(harness.peak_memory_mb, both, device)
+                entry["peak_memory_mb"], entry["status"] = attempt(peak_memory_mb, both, device)
             if entry["status"] == OK:
                 passed[name], functions[name] = entry, function
         makes = {name: partial(make_call, mode, functions[name], inputs, gradients) for name in passed}
-        for name, timing in harness.measure(makes, device, quick=quick).items():
+        for name, timing in measure(makes, device, quick=quick).items():
             passed[name].update(timing)
             if timing["median_ms"] is not None:
                 passed[name]["gb_per_s"] = bytes(mode, case) / timing["median_ms"] / 1e6
@@ -237,7 +240,7 @@ def _both(mode, function, inputs, gradients):
 
 def lane_rows(cases, modes):
     """Rows of ours where there is no GPU: its error from the dtype's lane, and no time."""
-    return harness.rows_by_lane(rows_in_lane, cases, modes)
+    return rows_by_lane(rows_in_lane, cases, modes)
 
 
 def rows_in_lane(lane, cases, modes):
@@ -258,10 +261,10 @@ def rows_in_lane(lane, cases, modes):
 
 
 def parser():
-    result = harness.Parser("bench/pointwise_sweep.py", __doc__, check=complete)
+    result = Parser("bench/pointwise_sweep.py", __doc__, check=complete)
     result.add_argument("--ops", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
     result.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all")
-    result.add_argument("--dtype", nargs="+", choices=harness.DTYPES, help="default: bfloat16, on a CPU float32")
+    result.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     result.add_argument("--rows", type=int, metavar="M", help="of every operation; default: 16384, on a CPU 4096")
     result.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), metavar="N", help="default: GPT-2's")
     result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: both")
@@ -280,7 +283,7 @@ def complete(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = harness.environment(args.device, args.command)
+    environment = environment_of(args.device, args.command)
     rows_of_norms, rows_of_logits = SIZES[args.device.type, args.quick]
 
     def cases(rows=None):
@@ -295,7 +298,7 @@ def main(argv=None):
     timed = [name for name in args.providers if not (in_lane and name == "triton")]
     copy = environment["copy_gb_per_s"] = copy_gb_per_s(args.device, args.quick)
     rows = []
-    for case in harness.progress(cases(args.rows) if timed else [], "pointwise"):
+    for case in progress(cases(args.rows) if timed else [], "pointwise"):
         rows += timed_rows(case, timed, args.mode, args.device, copy, args.quick)
     if in_lane:
         rows += lane_rows(cases(LANE_ROWS), args.mode)
@@ -304,7 +307,7 @@ def main(argv=None):
     )
 
     print(f"{environment['device']}: a copy moves {copy:.4g} GB/s")
-    harness.finish(args.out / "pointwise_sweep.json", environment, rows, columns=COLUMNS)
+    finish(args.out / "pointwise_sweep.json", environment, rows, columns=COLUMNS)
 
 
 if __name__ == "__main__":

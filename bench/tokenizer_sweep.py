@@ -23,8 +23,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryDirectory
 
-from bench import harness
-from bench.harness import OK, UsageError
+from bench.lib.cli import Parser, UsageError, progress
+from bench.lib.clock import summary
+from bench.lib.gate import OK
+from bench.lib.record import environment_of, finish
 from bench.lib.texts import TEXTS
 from tokenizer import GPT2Tokenizer
 
@@ -111,7 +113,7 @@ class HuggingFace:
 
 
 def main(argv=None):
-    parser = harness.Parser("bench/tokenizer_sweep.py", __doc__, check)
+    parser = Parser("bench/tokenizer_sweep.py", __doc__, check)
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="default: all")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument(
@@ -124,11 +126,11 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     rounds = args.rounds or (1 if args.quick else 3)
 
-    environment = harness.environment("cpu", args.command) | {"versions": versions()}
+    environment = environment_of("cpu", args.command) | {"versions": versions()}
     tokenizer = GPT2Tokenizer.from_pretrained("gpt2")
     providers = [Ours(tokenizer), Tiktoken(tokenizer), HuggingFace(tokenizer)]
     rows = [start_row()]
-    for name in harness.progress(args.texts, "texts"):
+    for name in progress(args.texts, "texts"):
         default = QUICK_MEGABYTES if args.quick else MEGABYTES.get(name, OTHER_MEGABYTES)
         documents = cut(TEXTS[name](int((args.megabytes or default) * 1e6)))
         reference = providers[1].encode(documents, 1)
@@ -136,7 +138,7 @@ def main(argv=None):
             rows += encode_rows(name, documents, reference, providers, threads, rounds)
         if name == "english":
             rows += decode_rows(name, documents, reference, providers, rounds)
-    harness.finish(args.out / "tokenizer_sweep.json", environment, rows, columns=COLUMNS)
+    finish(args.out / "tokenizer_sweep.json", environment, rows, columns=COLUMNS)
 
 
 def check(args):
@@ -231,7 +233,7 @@ def milliseconds(call, *arguments):
 def rows_of(shape, times, wrong):
     rows = []
     for (name, state), measured in times.items():
-        row = {"tokenizer": name, "state": state, **shape, **harness.summary(measured), "lane": "cpu"}
+        row = {"tokenizer": name, "state": state, **shape, **summary(measured), "lane": "cpu"}
         seconds = row["median_ms"] / 1e3 if measured else None
         row["mb_per_s"] = shape["megabytes"] / seconds if seconds and shape["megabytes"] else None
         row["tokens_per_s"] = shape["tokens"] / seconds if seconds and shape["megabytes"] else None

@@ -20,9 +20,12 @@ from pathlib import Path
 
 import torch
 
-from bench import harness
-from bench.harness import OK
+from bench.lib.cli import Parser, progress
+from bench.lib.clock import measure, summary
+from bench.lib.gate import OK
+from bench.lib.lanes import DTYPES
 from bench.lib.providers import NEW_TOKENS, Provider, build, gate, refuse
+from bench.lib.record import environment_of, finish
 from model import attention_backends
 from model.config import PRESETS
 
@@ -54,10 +57,10 @@ def import_ms(statement):
 def import_timings(rounds):
     """{name: median and percentiles}, after a first time that fills the caches of files."""
     times = {name: [] for name in IMPORTS}
-    for _ in harness.progress(range(1 + rounds), "imports"):
+    for _ in progress(range(1 + rounds), "imports"):
         for name, statement in IMPORTS.items():
             times[name].append(import_ms(statement))
-    return {name: harness.summary(values[1:]) for name, values in times.items()}
+    return {name: summary(values[1:]) for name, values in times.items()}
 
 
 def same_tokens(providers, dtype, B, T):
@@ -75,16 +78,16 @@ def sweep(args):
     ours = build(args.size, args.device, args.dtype)
     providers = [Provider(name, ours) for name in (args.backend, BASELINE)]
     judged = gate(providers, ours)
-    for (mode, B, T), (rounds, budget_ms) in harness.progress(QUICK if args.quick else CASES, "against transformers"):
+    for (mode, B, T), (rounds, budget_ms) in progress(QUICK if args.quick else CASES, "against transformers"):
         statuses = {name: status for name, (_, status) in judged.items()}
         if mode == "generate" and statuses[args.backend] == OK:
             statuses[args.backend] = same_tokens(providers, args.dtype, B, T)
         makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if statuses[p.name] == OK}
         clock = {"rounds": rounds, "budget_ms": budget_ms, "quick": args.quick, "is_warm": mode == "generate"}
-        timings = harness.measure(makes, args.device, **clock)
+        timings = measure(makes, args.device, **clock)
         new = {"generate": NEW_TOKENS, "decoding": 1}.get(mode)
         for name, status in statuses.items():
-            timing = timings.get(name, harness.summary([]) | {"status": status})
+            timing = timings.get(name, summary([]) | {"status": status})
             entry = row(args, f"{mode} B={B} T={T}", name, B, T) | {"mode": mode, "error": judged[name][0]} | timing
             if new and entry["median_ms"]:
                 entry["tokens_per_s"] = 1e3 * B * new / entry["median_ms"]
@@ -101,10 +104,10 @@ def row(args, case, backend, B, T):
 
 
 def parser():
-    result = harness.Parser("bench/transformers_sweep.py", __doc__, check=complete)
+    result = Parser("bench/transformers_sweep.py", __doc__, check=complete)
     result.add_argument("--backend", choices=attention_backends(), help="ours; default: triton on a GPU, sdpa on a CPU")
     result.add_argument("--size", choices=PRESETS, default="gpt2", help="default: gpt2")
-    result.add_argument("--dtype", choices=harness.DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+    result.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     return result
 
 
@@ -119,8 +122,8 @@ def complete(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = harness.environment(args.device, args.command)
-    harness.finish(args.out / "transformers_sweep.json", environment, sweep(args), columns=COLUMNS)
+    environment = environment_of(args.device, args.command)
+    finish(args.out / "transformers_sweep.json", environment, sweep(args), columns=COLUMNS)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,13 @@ from unittest import mock
 from triton.errors import TritonError
 from triton.runtime import driver
 
-from bench import harness
 from bench.attention_sweep import check, gates, make_call, refusal
-from bench.harness import OK, UsageError
 from bench.lib.attention_cases import Case
+from bench.lib.cli import Parser, UsageError, positive, progress
+from bench.lib.clock import Clock, measure, summary
+from bench.lib.gate import OK
+from bench.lib.lanes import DTYPES
+from bench.lib.record import environment_of, save, table, write
 from kernels import configs
 from kernels.configs import ATTENTION, AttentionConfig, attention_config, family
 from kernels.library import active_arch
@@ -98,7 +101,7 @@ class Trial:
 
     def __init__(self, device, dtype, head_dim, seq_len):
         self.device, self.dtype, self.head_dim = device, dtype, head_dim
-        self.itemsize = harness.DTYPES[dtype].itemsize
+        self.itemsize = DTYPES[dtype].itemsize
         self.rows = ATTENTION[family(active_arch())]
         heads = max(1, WIDTH // head_dim)
         self.case = Case(dtype, max(1, TOKENS // seq_len), heads, seq_len, head_dim, causal=True)
@@ -111,7 +114,7 @@ class Trial:
         return (self.case, self.inputs), (odd, odd.inputs(self.device))
 
     def present(self, direction):
-        return attention_config(direction, harness.DTYPES[self.dtype], self.head_dim)
+        return attention_config(direction, DTYPES[self.dtype], self.head_dim)
 
     def use(self, direction, config):
         """Puts a config into the table of this process."""
@@ -154,7 +157,7 @@ class Trial:
         return load
 
     def make(self, direction, config):
-        """The call that is timed, for harness.measure; it puts the config into the table each time."""
+        """The call that is timed, for measure; it puts the config into the table each time."""
         call = make_call(DIRECTIONS[direction][1], "triton", self.inputs, self.gates[0][1].options)
 
         def timed():
@@ -168,19 +171,19 @@ def tune(trial, direction, *, quick=False, clock=None):
     """Measures one row: (the config that takes it, the rows of the record). The table is left as it was."""
     present = trial.present(direction)
     rows = {}
-    for config in harness.progress(candidates(present, trial.itemsize, quick=quick), f"{direction} D={trial.head_dim}"):
+    for config in progress(candidates(present, trial.itemsize, quick=quick), f"{direction} D={trial.head_dim}"):
         error, status = trial.check(direction, config)
         rows[config] = {"error": error, "status": status}
     makes = {c: partial(trial.make, direction, c) for c, row in rows.items() if row["status"] == OK}
-    timings = harness.measure(makes, trial.device, quick=True, clock=clock)
+    timings = measure(makes, trial.device, quick=True, clock=clock)
     order = sorted((c for c in timings if timings[c]["median_ms"]), key=lambda c: timings[c]["median_ms"])
     finalists = {c: makes[c] for c in order if c in order[:FINALISTS] or c == present}
-    final = harness.measure(finalists, trial.device, quick=quick, clock=clock)
+    final = measure(finalists, trial.device, quick=quick, clock=clock)
     trial.use(direction, present)
     chosen = choose(present, final)
     shape = {"family": family(active_arch()), "direction": direction, "dtype": trial.dtype, "D": trial.head_dim}
     record = [
-        {**shape, **asdict(c), **harness.summary([]), **row, **(timings | final).get(c, {}), "chosen": c == chosen}
+        {**shape, **asdict(c), **summary([]), **row, **(timings | final).get(c, {}), "chosen": c == chosen}
         for c, row in rows.items()
     ]
     return chosen, record
@@ -240,11 +243,11 @@ def _lines_of(source, name, key):
 
 
 def parser():
-    result = harness.Parser("bench/tune.py", __doc__, check=complete)
+    result = Parser("bench/tune.py", __doc__, check=complete)
     result.add_argument("--op", choices=("attention",), default="attention", help="default: attention")
-    result.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["bfloat16"], help="default: bfloat16")
+    result.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
     result.add_argument("--head-dims", nargs="+", type=int, choices=(64, 128, 256), default=[64, 128, 256], metavar="D")
-    result.add_argument("--seq-len", type=harness.positive, default=2048, metavar="T", help="default: 2048")
+    result.add_argument("--seq-len", type=positive, default=2048, metavar="T", help="default: 2048")
     result.add_argument("--dry-run", action="store_true", help="print the rows, leave kernels/configs.py alone")
     return result
 
@@ -263,7 +266,7 @@ def complete(args):
         raise UsageError(f"{configs.__file__} cannot be written; --dry-run prints the rows instead")
 
 
-def measure(args, clock):
+def tune_all(args, clock):
     """Tunes what was asked for: (chosen as `rewritten` takes it, the rows of the record)."""
     chosen, record = {}, []
     for dtype in dict.fromkeys(args.dtype):
@@ -277,12 +280,12 @@ def measure(args, clock):
     return chosen, record
 
 
-def finish(args, environment, name, chosen, record):
+def conclude(args, environment, name, chosen, record):
     """Saves and prints what was measured, and rewrites the table, or prints its rows if --dry-run."""
-    saved = harness.save(args.out / "tune_attention.json", environment, record)
-    print(harness.table(record, COLUMNS))
+    saved = save(args.out / "tune_attention.json", environment, record)
+    print(table(record, COLUMNS))
     print(f"\nwrote {saved}")
-    dtypes = {harness.DTYPES[dtype].itemsize: dtype for dtype in args.dtype}
+    dtypes = {DTYPES[dtype].itemsize: dtype for dtype in args.dtype}
     where = (
         f"{environment['device']}, {{}}, T = {args.seq_len}, triton {environment['triton']}, {environment['date'][:10]}"
     )
@@ -293,14 +296,14 @@ def finish(args, environment, name, chosen, record):
     if args.dry_run:
         print("\n".join(line for key in chosen for line in with_notes(source, name, key)))
     else:
-        print(f"wrote {harness.write(file, source)}")
+        print(f"wrote {write(file, source)}")
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = harness.environment(args.device, args.command)
-    chosen, record = measure(args, harness.Clock(args.device))
-    finish(args, environment, family(active_arch()), chosen, record)
+    environment = environment_of(args.device, args.command)
+    chosen, record = tune_all(args, Clock(args.device))
+    conclude(args, environment, family(active_arch()), chosen, record)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_the_import_reader_sees_each_form(tmp_path, monkeypatch):
     (tmp_path / "kernels").mkdir()
     path = tmp_path / "kernels" / "module.py"
     path.write_text(
-        "import bench.harness as h\nfrom model.gpt2 import GPT2\nfrom . import x\ndef f():\n    import tokenizer"
+        "import bench.plots as h\nfrom model.gpt2 import GPT2\nfrom . import x\ndef f():\n    import tokenizer"
     )
     assert sorted(imported_packages(path)) == ["bench", "kernels", "model", "tokenizer"]
 

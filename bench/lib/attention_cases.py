@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench import harness
+from bench.lib.lanes import DTYPES
 from model.attention import split_heads
 
 # By scenario, then device and whether --quick: lengths (T; for decode T_k); tokens in a batch.
@@ -100,7 +100,7 @@ class Case:
         cache, [B, H, T_k, D] in memory.
         """
         generator = torch.Generator(device).manual_seed(self.T)
-        options = {"generator": generator, "device": device, "dtype": harness.DTYPES[self.dtype]}
+        options = {"generator": generator, "device": device, "dtype": DTYPES[self.dtype]}
         q, k, v = split_heads(torch.randn(self.B, self.T, 3 * self.H * self.D, **options), self.H)
         do = torch.randn(self.B, self.T, self.H, self.D, **options).transpose(1, 2)
         if self.T_k != self.T:
@@ -133,7 +133,7 @@ def flops(mode, case):
 
 def cache_bytes(case):
     """Bytes of the keys and values of the batch, each read once: 2 B H T_k D elements."""
-    return 2 * case.B * case.H * case.T_k * case.D * harness.DTYPES[case.dtype].itemsize
+    return 2 * case.B * case.H * case.T_k * case.D * DTYPES[case.dtype].itemsize
 
 
 def variants(case):

@@ -8,8 +8,9 @@ import importlib.util
 
 import torch
 
-from bench import harness
-from bench.harness import UsageError
+from bench.lib.cli import UsageError
+from bench.lib.gate import FORWARD_FACTOR, judge
+from bench.lib.lanes import DTYPES
 from model import GPT2, GPT2Config, attention_backends
 from model.attention import get_attention
 from model.cache import KVCache
@@ -132,7 +133,7 @@ def build(size, device, dtype):
     """Our model on the device, random weights, dropout 0: with it there would be nothing to compare."""
     torch.manual_seed(0)
     config = GPT2Config.preset(size, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    return GPT2(config).to(device, harness.DTYPES[dtype]).eval()
+    return GPT2(config).to(device, DTYPES[dtype]).eval()
 
 
 def gate(providers, ours):
@@ -147,7 +148,7 @@ def gate(providers, ours):
     judged = {}
     for provider in providers:
         results = {"logits": (provider.logits(ids), baseline, oracle)}
-        judged[provider.name] = harness.judge(results, factor=harness.FORWARD_FACTOR)
+        judged[provider.name] = judge(results, factor=FORWARD_FACTOR)
     return judged
 
 
@@ -162,6 +163,6 @@ def refuse(option, name, args):
     if name == "triton" and args.device.type != "cuda":
         raise UsageError(f"{option} triton: not timed without a GPU; bench/attention_sweep.py checks it here")
     head_dim = GPT2Config.preset(args.size).head_dim
-    reason = get_attention(name).refusal(device=args.device, dtype=harness.DTYPES[args.dtype], head_dim=head_dim)
+    reason = get_attention(name).refusal(device=args.device, dtype=DTYPES[args.dtype], head_dim=head_dim)
     if reason is not None:
         raise UsageError(f"{option} {name} does not support {reason}")

@@ -234,7 +234,7 @@ def test_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):
 
 def test_a_run_of_every_scenario(capsys, tmp_path, monkeypatch):
     times = {"median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0, "status": "ok"}
-    monkeypatch.setattr(sweep.harness, "measure", lambda makes, *_, **__: dict.fromkeys(makes, times))
+    monkeypatch.setattr(sweep, "measure", lambda makes, *_, **__: dict.fromkeys(makes, times))
     small = "--device cpu --quick --heads 1 --head-dim 16 --seq-lens 24 --batch 2 --backends eager sdpa"
     sweep.main([*small.split(), "--scenario", *SCENARIOS, "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "attention_sweep.json").read_text())["rows"]

@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from bench import harness, model_sweep
-from bench.harness import OK
+from bench import model_sweep
+from bench.lib.gate import OK
+from bench.lib.lanes import DTYPES
 from bench.lib.providers import Provider, build
 
 
@@ -49,7 +50,7 @@ def test_a_cpus_peak_memory_is_what_is_alive_at_once(tiny):
 
     def peak(name, mode, T):
         provider = Provider(name, ours)
-        return model_sweep.peak_memory_mb(provider, partial(getattr(provider, mode), 2, T), torch.device("cpu"))
+        return model_sweep.peak_with_weights_mb(provider, partial(getattr(provider, mode), 2, T), torch.device("cpu"))
 
     assert (
         2 * weights_mb < peak("sdpa", "training", 16) < peak("sdpa", "training", 512) < peak("eager", "training", 512)
@@ -138,4 +139,4 @@ def test_refuses_before_work_starts(arguments, message, tmp_path, capsys):
 def test_the_page_is_the_default_on_a_gpu():
     assert model_sweep.PAGE["training"] == ((1, 2, 4), (128, 256, 512, 1024))
     assert model_sweep.PAGE["decoding"] == ((1, 2, 4), (128, 256, 512, 768))
-    assert harness.DTYPES.keys() == {"float16", "bfloat16", "float32"}
+    assert DTYPES.keys() == {"float16", "bfloat16", "float32"}

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bench import transformers_sweep
-from bench.harness import OK
 from bench.lib import providers as model_providers
+from bench.lib.gate import OK
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ def test_a_note_is_replaced_and_the_others_stay():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """finish() on a copy of the table's file: (arguments, environment, the copy)."""
+    """conclude() on a copy of the table's file: (arguments, environment, the copy)."""
     file = Path(copy(configs.__file__, tmp_path / "configs.py"))
     monkeypatch.setattr(configs, "__file__", str(file))
     args = argparse.Namespace(out=tmp_path, dtype=["bfloat16", "float32"], seq_len=2048, dry_run=False)
@@ -240,7 +240,7 @@ RECORD = [
 
 def test_what_was_measured_is_written_as_ruff_wants_it(command, capsys):
     args, environment, file = command
-    tune.finish(args, environment, "sm_90", CHOSEN, RECORD)
+    tune.conclude(args, environment, "sm_90", CHOSEN, RECORD)
     source = file.read_text()
     assert "# D = 64: NVIDIA H100 80GB HBM3, bfloat16, T = 2048, triton 3.7.1, 2026-03-01\n" in source
     assert "# D = 128: NVIDIA H100 80GB HBM3, float32, T = 2048, triton 3.7.1, 2026-03-01\n" in source
@@ -258,7 +258,7 @@ def test_what_was_measured_is_written_as_ruff_wants_it(command, capsys):
 def test_a_dry_run_prints_the_rows_and_leaves_the_file(command, capsys):
     args, environment, file = command
     args.dry_run = True
-    tune.finish(args, environment, "sm_90", CHOSEN, RECORD)
+    tune.conclude(args, environment, "sm_90", CHOSEN, RECORD)
     assert file.read_text() == SOURCE
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("{")[0].strip() for line in printed if line.strip().startswith("(")] == [
@@ -268,7 +268,7 @@ def test_a_dry_run_prints_the_rows_and_leaves_the_file(command, capsys):
 
 
 def test_each_direction_is_tuned_with_what_was_chosen_before(monkeypatch):
-    """measure() passes the winners on, and groups them by the rows of the table."""
+    """tune_all() passes the winners on, and groups them by the rows of the table."""
     in_use = {}
 
     class Recording(FakeTrial):
@@ -286,7 +286,7 @@ def test_each_direction_is_tuned_with_what_was_chosen_before(monkeypatch):
     monkeypatch.setattr(tune, "Trial", Recording)
     monkeypatch.setattr(tune, "tune", fake_tune)
     args = argparse.Namespace(device="cuda", dtype=["bfloat16"], head_dims=[128, 64], seq_len=8, quick=True)
-    chosen, record = tune.measure(args, None)
+    chosen, record = tune.tune_all(args, None)
     first, second = (replace(PRESENT, num_stages=D) for D in (64, 128))
     assert order[:3] == [
         (64, "forward", {}),
