@@ -34,6 +34,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+def pytest_fixture_setup(fixturedef):
+    """What a module's tests share is built from the same seed whichever of them runs first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
