@@ -43,10 +43,10 @@ def bad_words(sequences):
         scores = scores.clone()
         for *prefix, last in sequences:
             if len(prefix) <= ids.shape[1]:
-                said = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+                is_said = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
                 for back, token in enumerate(reversed(prefix), start=1):
-                    said &= ids[:, -back] == token
-                scores[:, last].masked_fill_(said, NEVER)
+                    is_said &= ids[:, -back] == token
+                scores[:, last].masked_fill_(is_said, NEVER)
         return scores
 
     return process

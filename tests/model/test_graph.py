@@ -24,7 +24,7 @@ from model.attention import register_attention
 from model.attention.builtin import sdpa
 from model.cache import KVCache
 from model.generation import graph as graph_module
-from model.generation.generate import Decoding
+from model.generation.decoding import Decoding
 from model.generation.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep
 from model.generation.settings import Settings
 
@@ -275,7 +275,7 @@ class TestNothingWaits:
     def test_in_the_choice_of_tokens(self, monkeypatch, on_meta, prompts, options):
         """What stands between two steps: from a guarded first step to the next one's call."""
         guard, steps = ExitStack(), []
-        monkeypatch.setattr("model.generation.generate.Decoding.prefill", lambda run, prompts: logits.clone())
+        monkeypatch.setattr("model.generation.decoding.Decoding.prefill", lambda run, prompts: logits.clone())
 
         def decode(run, ids, first, end):
             guard.close()
@@ -285,7 +285,7 @@ class TestNothingWaits:
             guard.enter_context(no_waiting())
             return logits.clone()
 
-        monkeypatch.setattr("model.generation.generate.Decoding.decode", decode)
+        monkeypatch.setattr("model.generation.decoding.Decoding.decode", decode)
         logits = torch.zeros(len(prompts), 101, device="meta")
         with pytest.raises(StopIteration):
             on_meta.generate(prompts, max_new_tokens=20, eos_token_id=[3, 4], **options)
