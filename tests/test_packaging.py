@@ -1,6 +1,7 @@
 """The packages import one way, and live beside Hugging Face's, one of which has the name of ours."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -20,35 +21,74 @@ MAY_IMPORT = {
 EXCEPTIONS = {("model/__main__.py", "tokenizer")}
 
 
-def imported_packages(path):
-    """The top-level packages that a file imports, also inside functions."""
+def modules():
+    """The file of each module of the project, by its name."""
+    paths = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+    names = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in zip(names, paths)}
+
+
+def imported(path):
+    """The names that a file imports, also inside functions: "a.b" of `import a.b`, "a.b.c" of `from a.b import c`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if isinstance(node, ast.Import):
-            yield from (name.name.partition(".")[0] for name in node.names)
+            yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield path.relative_to(ROOT).parts[0] if node.level else node.module.partition(".")[0]
+            package = path.relative_to(ROOT).parent.parts
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{base}.{name.name}" for name in node.names)
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_go_one_way(package):
-    files = sorted((ROOT / package).rglob("*.py"))
     wrong = {
-        (str(path.relative_to(ROOT)), name)
-        for path in files
-        for name in imported_packages(path)
-        if name in MAY_IMPORT.keys() | {"tests"} and name not in MAY_IMPORT[package]
+        (str(path.relative_to(ROOT)), name.partition(".")[0])
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for name in imported(path)
+        if name.partition(".")[0] in (MAY_IMPORT.keys() | {"tests"}) - MAY_IMPORT[package]
     }
     assert wrong <= EXCEPTIONS
 
 
+def first_cycle(files):
+    """Modules that import each other in a circle, or None; files: as from modules()."""
+    graph = {}
+    for module, path in files.items():
+        names = {name if name in files else name.rpartition(".")[0] for name in imported(path)}
+        graph[module] = names & files.keys() - {module}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """An import inside a function counts, too: it hides a circle and does not open it."""
+    assert first_cycle(modules()) is None
+
+
 def test_the_import_reader_sees_each_form(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    (tmp_path / "kernels").mkdir()
-    path = tmp_path / "kernels" / "module.py"
+    for package in (*MAY_IMPORT, "kernels/inner"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    path = tmp_path / "kernels" / "inner" / "module.py"
     path.write_text(
-        "import bench.plots as h\nfrom model.gpt2 import GPT2\nfrom . import x\ndef f():\n    import tokenizer"
+        "import bench.harness as h\nfrom model.gpt2 import GPT2\nfrom . import x\nfrom ..gelu import gelu\n"
+        "def f():\n    import tokenizer"
     )
-    assert sorted(imported_packages(path)) == ["bench", "kernels", "model", "tokenizer"]
+    assert set(imported(path)) == {
+        "bench.harness",
+        "model.gpt2.GPT2",
+        "kernels.inner.x",
+        "kernels.gelu.gelu",
+        "tokenizer",
+    }
+    assert first_cycle(modules()) is None
+    (tmp_path / "kernels" / "gelu.py").write_text("def gelu():\n    from kernels.inner import module")
+    assert set(first_cycle(modules())) == {"kernels.gelu", "kernels.inner.module"}
 
 
 def run(code):
