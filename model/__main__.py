@@ -138,7 +138,7 @@ def main(arguments=None):
 def run(options, prompts, model, tokenizer):
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     teller = Teller(tokenizer, silent=options.json) if len(prompts) == 1 else None
-    model.pack_weights()
+    model.pack_weights()  # before the clock starts
     progress = Progress(model.device)
     interrupted = False
     try:

@@ -15,6 +15,7 @@ from model import GPT2, GPT2Config, attention_backends
 from model.attention import get_attention
 from model.cache import KVCache
 from model.generation.settings import Settings
+from model.layers.onednn import using
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
 GATE_TOKENS = 64
@@ -30,13 +31,12 @@ class Provider:
         self.model = ours if name not in THEIRS else _transformers(name, ours)
 
     def use(self, training=False):
-        """The model in its mode. Our backends share one; its weights are packed but in training, as generate() does."""
+        """The model in its mode, and its packed weights, as generate() has them. Our backends share one model."""
         model = self.model.train(training)
-        if model is self.ours:
-            model.set_attn_implementation(self.name)
-            if not training:
-                model.pack_weights()
-        return model
+        if model is not self.ours:
+            return model, ()
+        model.set_attn_implementation(self.name)
+        return model, () if training else model.pack_weights()
 
     def held_mb(self):
         """The weights, and packed copies of them where there are some, in MB of 2**20 bytes."""
@@ -46,11 +46,11 @@ class Provider:
 
     def logits(self, ids):
         with torch.no_grad():
-            return self.use()(ids, use_cache=False).logits
+            return self.use()[0](ids, use_cache=False).logits
 
     def training(self, B, T):
         """Forward and backward of the loss, no optimiser."""
-        model, ids = self.use(training=True), random_ids(self.ours, B, T)
+        (model, _), ids = self.use(training=True), random_ids(self.ours, B, T)
 
         def step():
             model.zero_grad(set_to_none=True)
@@ -63,7 +63,7 @@ class Provider:
 
         On a GPU ours replay a CUDA graph, as generate() does.
         """
-        model, ids = self.use(), random_ids(self.ours, B, 1)
+        (model, packed), ids = self.use(), random_ids(self.ours, B, 1)
         config, graphed = self.ours.config, None
         if model is self.ours:
             graphed = model.graphed_steps(Settings())
@@ -80,8 +80,9 @@ class Provider:
 
         @torch.no_grad()
         def step():
-            if graphed is None or graphed.step(ids, cache) is None:
-                model(ids, past_key_values=cache, logits_to_keep=1)
+            with using(packed):
+                if graphed is None or graphed.step(ids, cache) is None:
+                    model(ids, past_key_values=cache, logits_to_keep=1)
             cache.crop(-1)
 
         return step
@@ -95,17 +96,18 @@ class Provider:
         return self._forward(B, T, use_cache=True)
 
     def _forward(self, B, T, use_cache):
-        model, ids = self.use(), random_ids(self.ours, B, T)
+        (model, packed), ids = self.use(), random_ids(self.ours, B, T)
 
         @torch.no_grad()
         def forward():
-            model(ids, use_cache=use_cache, logits_to_keep=1)
+            with using(packed if use_cache else ()):  # only generate() packs
+                model(ids, use_cache=use_cache, logits_to_keep=1)
 
         return forward
 
     def generate(self, B, T):
         """The library's own generate(): T tokens of prompt and NEW_TOKENS more, greedy. The call returns the ids."""
-        model, ids = self.use(), random_ids(self.ours, B, T)
+        (model, _), ids = self.use(), random_ids(self.ours, B, T)
         never = self.ours.config.vocab_size  # no such token: nothing ends early
         options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": never, "pad_token_id": never, "do_sample": False}
         options["attention_mask"] = torch.ones_like(ids)

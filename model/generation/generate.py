@@ -1,6 +1,6 @@
 """generate(): its arguments, checked; the decoding itself is in model/generation/decoding.py."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -9,6 +9,7 @@ from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
 from model.generation.settings import Settings
 from model.generation.stopping import Stops
 from model.inputs import padding_bounds
+from model.layers import onednn
 from model.layers.linear import Linear
 
 
@@ -70,8 +71,6 @@ class GenerationMixin:
         stops = Stops(eos, stop_strings, tokenizer, stopping_criteria)
         if streamer is not None and len(prompts) * settings.num_return_sequences * settings.num_beams > 1:
             raise ValueError("generate: a streamer takes one row, and no beams")
-        self.pack_weights()
-
         run = Decoding(
             self,
             settings,
@@ -85,7 +84,7 @@ class GenerationMixin:
             output_scores=output_scores,
             returns_cache=return_dict_in_generate,
         )
-        with self.graphed_steps(settings) or nullcontext() as run.graphed:
+        with self.packed_weights(), self.graphed_steps(settings) or nullcontext() as run.graphed:
             if settings.num_beams > 1:
                 output = run.search_beams(seed)
             elif settings.prompt_lookup_num_tokens:
@@ -96,12 +95,20 @@ class GenerationMixin:
             streamer.end()
         return output if return_dict_in_generate else output.sequences
 
+    @contextmanager
+    def packed_weights(self):
+        """Within this block a CPU decodes with packed weights, where it helps, as generate() does.
+
+        They are packed at the first such block; at each later one they are read once, to see that they are the same.
+        Within the block they must not change.
+        """
+        with onednn.using(self.pack_weights()):
+            yield
+
     @torch.no_grad()
     def pack_weights(self):
-        """Packs the weights for decoding on a CPU, where it helps; generate() does it at its first call."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
+        """The PackedWeights of all layers, or of none where that is of no use; see packed_weights()."""
+        return {module.pack() for module in self.modules() if isinstance(module, Linear)} - {None}
 
     def graphed_steps(self, settings):
         """The replayed decode steps of one call of generate, or None, with the reason logged, where they cannot be."""

@@ -19,17 +19,21 @@ class Linear(nn.Module):
         rows = x.flatten(0, -2)  # [M, in]
         weight = self.out_in()
         if onednn.serves(rows, weight):
-            packed = self.packed if self.packed is not None and self.packed.is_of(self.weight) else None
-            y = onednn.linear(rows, weight, self.bias, packed)
+            y = onednn.linear(rows, weight, self.bias, self.packed)
         else:
             y = nn.functional.linear(rows, weight, self.bias)
         return y.view(*x.shape[:-1], -1)
 
     def pack(self):
-        """Packs the weight for decoding on a CPU, if it is not packed yet. Training drops what is packed."""
-        is_packed = self.packed is not None and self.packed.is_of(self.weight)
-        if not is_packed and onednn.serves(self.weight, self.weight):
+        """The weight packed for decoding on a CPU, or None where that is of no use. Training drops what is packed.
+
+        What an earlier call packed is kept if the weight is still the same.
+        """
+        if not onednn.serves(self.weight, self.weight):
+            self.packed = None
+        elif self.packed is None or not self.packed.is_of(self.weight):
             self.packed = onednn.PackedWeight(self.weight, self.out_in())
+        return self.packed
 
     def train(self, mode=True):
         if mode:

@@ -9,6 +9,7 @@ from lanes import across_lanes
 from peers import TALKATIVE, spread, tiny_config
 
 from model import GPT2, GPT2Config
+from model.layers import onednn
 from model.layers.linear import Conv1D, Head, Linear
 
 PROMPTS = [[5, 17, 80, 2, 9, 11, 63, 40, 3], [7], [20, 21, 22, 20, 21], [90, 1, 90, 1, 90, 33, 2]]
@@ -107,6 +108,26 @@ def test_a_pad_token_in_the_ids_is_padding_where_it_cannot_be_text():
     assert torch.equal(model.generate(ids, pad_token_id=100), model.generate(ids, mask, pad_token_id=100))
 
 
+def exchange_rows(weight):
+    weight.data[[0, 1]] = weight.data[[1, 0]].clone()
+
+
+# Torch counts the first of them alone as changes.
+CHANGES = {
+    "in place": lambda weight: weight.mul_(3),
+    "data": lambda weight: weight.data.mul_(3),
+    "least": lambda weight: weight.data[3, 4].copy_(weight.data[3, 4].nextafter(torch.tensor(9.0))),
+    "lerp": lambda weight: weight.data.lerp_(torch.ones(()), 0.1),
+    "copy": lambda weight: weight.data.copy_(weight.data.roll(1)),
+    "negated": lambda weight: weight.data.neg_(),
+    "every second negated": lambda weight: weight.data[:, 1::2].neg_(),
+    "numpy": lambda weight: weight.detach().numpy().__imul__(3),
+    "rows exchanged": exchange_rows,
+    "columns exchanged": lambda weight: exchange_rows(weight.data.t()),
+    "other storage": lambda weight: setattr(weight, "data", weight.data + 1),
+}
+
+
 class TestLinear:
     """What the above rests on: oneDNN's result for a row, whatever stands beside it."""
 
@@ -119,31 +140,60 @@ class TestLinear:
         layer.bias.normal_()
         x = torch.randn(130, inputs)
         expected = layer(x)  # not packed
-        if packed:
-            layer.pack()
-        for rows in (1, 2, 3, 5, 8, 16, 17, 64, 129):
-            assert torch.equal(layer(x[:rows]), expected[:rows])
-            assert torch.equal(layer(x[-rows:]), expected[-rows:])
+        with onednn.using([layer.pack()] if packed else []):
+            for rows in (1, 2, 3, 5, 8, 16, 17, 64, 129):
+                assert torch.equal(layer(x[:rows]), expected[:rows])
+                assert torch.equal(layer(x[-rows:]), expected[-rows:])
         torch.testing.assert_close(expected, torch.addmm(layer.bias, x, layer.weight), rtol=1e-4, atol=1e-4)
 
-    def test_packed_weights_follow_the_weights(self):
+    @pytest.mark.parametrize("shape", [(30, 20), (31, 21)], ids=["even", "odd"])
+    @pytest.mark.parametrize("kind", [Head, Conv1D])
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    @torch.no_grad()
+    def test_packed_weights_follow_the_weights(self, change, kind, shape):
+        """Regression: what torch does not count as a change left the old weights in use."""
+        layer = Head(torch.nn.Parameter(torch.empty(shape))) if kind is Head else Conv1D(*shape)
+        layer.weight.normal_()
+        if kind is Conv1D:
+            layer.bias.zero_()
+        first = layer.pack()
+        assert layer.pack() is first
+        change(layer.weight)
+        second = layer.pack()
+        assert second is not first
+        assert layer.pack() is second
+        x = torch.randn(4, layer.out_in().shape[1])
+        for blocks in ([], [second]):
+            with onednn.using(blocks):
+                torch.testing.assert_close(layer(x), x @ layer.out_in().t())
+
+    def test_packed_weights_are_used_within_their_block_alone(self):
         layer = Head(torch.nn.Parameter(torch.randn(30, 20)))
         x = torch.randn(4, 20)
         with torch.no_grad():
-            layer.pack()
-            first = layer.packed
-            layer.pack()
-            assert layer.packed is first
-            layer.weight.mul_(2)
-            torch.testing.assert_close(layer(x), x @ layer.weight.t())
-            layer.pack()
-            assert layer.packed is not first
-            torch.testing.assert_close(layer(x), x @ layer.weight.t())
+            packed = layer.pack()
+            old = layer(x)
+            with onednn.using([packed]):
+                layer.weight.data.mul_(3)
+                assert torch.equal(layer(x), old)  # this is why: within the block they must not change
+            torch.testing.assert_close(layer(x), 3 * old)
         copied = copy.deepcopy(layer)
         assert copied.packed is None
         assert pickle.loads(pickle.dumps(layer)).packed is None
         assert layer(x).requires_grad
         assert layer.train().packed is None
+
+    def test_generate_sees_weights_that_changed_unseen(self):
+        model = spread(GPT2(tiny_config(), attn_implementation="sdpa"), TALKATIVE).eval()
+        ids = torch.arange(8)[None]
+        options = {"max_new_tokens": 8, "eos_token_id": [], "return_dict_in_generate": True, "output_scores": True}
+        model.generate(ids, **options)
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        out = model.generate(ids, **options)
+        with torch.no_grad():
+            logits = model(out.sequences, use_cache=False).logits
+        torch.testing.assert_close(torch.stack(out.scores, 1), logits[:, 7:-1], rtol=0, atol=1e-4)
 
     def test_only_generate_packs_and_training_lets_go(self):
         model = spread(GPT2(tiny_config())).eval()

@@ -313,7 +313,7 @@ class TestWhatIsKept:
 
     def test_weights_changed_in_place_are_seen_and_others_are_not_confused_with_them(self, monkeypatch, captures):
         """A graph reads the weights where they were when it was captured."""
-        monkeypatch.setattr(GPT2, "pack_weights", lambda model: None)  # a recording would keep what was packed
+        monkeypatch.setattr(GPT2, "pack_weights", lambda model: ())  # a recording would keep what was packed
         model = talkative(n_layer=2)
         other = talkative(n_layer=2)
         with torch.no_grad():
