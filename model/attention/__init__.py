@@ -1,6 +1,7 @@
 """Attention: the contract that every backend keeps, the registry, and the backends."""
 
 from model.attention import builtin, flash_attention_2, flex  # noqa: F401 (importing a backend's module registers it)
+from model.attention.builtin import triton_runs_on
 from model.attention.registry import (
     AttentionBackend,
     attention,
@@ -10,7 +11,6 @@ from model.attention.registry import (
     register_attention,
     self_attention,
     split_heads,
-    triton_runs_on,
 )
 
 __all__ = [

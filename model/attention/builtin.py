@@ -5,19 +5,31 @@ import torch.nn.functional as F
 
 from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import MAX_HEAD_DIM
+from kernels.checks import check_device
 from model.attention.registry import register_attention
 
 
-@register_attention("eager", weights=True, capturable=True)
+@register_attention(
+    "eager",
+    padding=True,
+    dropout=True,
+    unequal_lengths=True,
+    upcast=True,
+    weights=True,
+    capturable=True,
+)
 def eager(q, k, v, *, return_weights, **options):
     o, p = reference.attention(q, k, v, **options)
     o = o.transpose(1, 2).contiguous().transpose(1, 2)  # memory order [B, T, H, D]
     return o, p if return_weights else None
 
 
-@register_attention("sdpa", capturable=True)
-def sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights):
-    """torch.nn.functional.scaled_dot_product_attention. Padding costs it a boolean [B, 1, T_q, T_k] mask."""
+@register_attention("sdpa", padding=True, dropout=True, unequal_lengths=True, upcast=True, capturable=True)
+def sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast):
+    """torch.nn.functional.scaled_dot_product_attention. Padding costs it a boolean [B, 1, T_q, T_k] mask.
+
+    Its scores are fp32 throughout, so `upcast` changes nothing.
+    """
     T_q, T_k = q.shape[-2], k.shape[-2]
     padded = kv_start is not None or kv_end is not None or q_start is not None
     if not padded and (not causal or T_q == 1 or T_q == T_k):
@@ -31,13 +43,29 @@ def sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast
     return o.masked_fill(~visible.any(-1, keepdim=True), 0.0), None
 
 
+def triton_runs_on(device):
+    """Whether our kernels run on `device`: a GPU that they support, or a CPU that is interpreting or simulating one."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        check_device("attention", torch.empty(0, device=device), "q")
+    except ValueError:
+        return False
+    return True
+
+
 @register_attention(
     "triton",
     projection=flash_attention_packed,
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
     max_head_dim=MAX_HEAD_DIM,
+    padding=True,
+    dropout=True,
+    unequal_lengths=True,
+    upcast=True,
     capturable=True,
+    runs_on=triton_runs_on,
 )
-def triton(q, k, v, *, upcast, return_weights, **options):
+def triton(q, k, v, *, upcast, **options):
     """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""
     return flash_attention(q, k, v, **options), None

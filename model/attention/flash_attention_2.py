@@ -15,8 +15,12 @@ from model.attention.registry import register_attention
     devices=("cuda",),
     dtypes=(torch.float16, torch.bfloat16),
     max_head_dim=256,
+    padding=True,
+    dropout=True,
+    unequal_lengths=True,
+    upcast=True,
 )
-def flash_attention_2(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights):
+def flash_attention_2(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast):
     """The kernels of the flash_attn package. Their scores are fp32 throughout, so `upcast` changes nothing.
 
     Bounds per row go through the package's form for sequences of unequal length: it costs a copy of the queries and of

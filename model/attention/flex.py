@@ -20,9 +20,11 @@ FLEX_COMPILATIONS = 256
     devices=("cuda",),
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
     max_head_dim=256,
-    dropout=False,
+    padding=True,
+    unequal_lengths=True,
+    upcast=True,
 )
-def flex(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights):
+def flex(q, k, v, *, scale, causal, kv_start, kv_end, q_start, upcast):
     """torch.nn.attention.flex_attention. Its scores are fp32 throughout, so `upcast` changes nothing.
 
     The block mask is built from all T_q x T_k pairs and kept for the next call with the same bounds, as the layers of a

@@ -4,34 +4,46 @@ The contract
 - Tensors are [B, H, T, D] views with any strides whose last is 1; nobody copies them. The output's memory order is
   [B, T, H, D], so that merging heads is a view. A backend with a `projection` form reads q, k and v in place from the
   fused projection [B, T, 3C] and gives its gradient as one tensor of that shape.
-- `scale` multiplies the scores; its default is 1 / sqrt(D).
+- `scale` multiplies the scores; None is 1 / sqrt(D).
 - Causal masks are aligned bottom-right: query i sees key j if j <= q_start[b] + i, where `q_start` [B] int32 is
   T_k - T_q unless given (rows of a cache may have different lengths).
 - Padding is a pair of bounds per row, `kv_start` and `kv_end` [B] int32: the valid keys are [start, end). Causality and
   padding are independent. A query that sees no key gives 0, never NaN.
 - `dropout_p` acts on the probabilities.
-- Scores accumulate in fp32 and the softmax is fp32. `eager` stores its scores in the input's dtype, as eager attention
-  commonly does, unless `upcast=True` (GPT-2's reorder_and_upcast_attn); fused backends never store them.
-- A backend declares what it can do. Asking for more raises an error that names the request and who could serve it.
-  Nothing falls back silently. "auto" is the one choice made for you: triton on a GPU that it supports, else sdpa.
+- Scores accumulate in fp32 and the softmax is fp32. With `upcast` (GPT-2's reorder_and_upcast_attn) scores are not
+  rounded to the input's dtype on the way, as `eager` otherwise does; fused backends never store them.
+- A backend declares what it can do, and is asked for nothing else: the options of a capability that it does not have
+  are not passed to it, and asking for them raises an error that names the request and who could serve it. Nothing falls
+  back silently. "auto" is the one choice made for you: triton on a GPU that it supports, else sdpa; eager where
+  attention weights are wanted.
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# The options that a function takes for each capability that it declares; `scale` and `causal` it always takes.
+_OPTIONS = {
+    "padding": ("kv_start", "kv_end"),
+    "dropout": ("dropout_p",),
+    "unequal_lengths": ("q_start",),
+    "upcast": ("upcast",),
+    "weights": ("return_weights",),
+}
+
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """A name, a function that keeps the contract, and what it can do.
+    """A name, a function that keeps the contract, and what it can do: nothing beyond the core, unless declared.
 
-    forward(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast, return_weights)
+    forward(q, k, v, *, scale, causal, and the options of the declared capabilities)
         -> (o [B, H, T_q, D], weights [B, H, T_q, T_k] or None)
-    projection(qkv, num_heads, *, scale, kv_start, kv_end, dropout_p) -> [B, T, C]
+    projection(qkv, num_heads, *, scale, kv_start, kv_end, dropout_p), the last three where declared -> [B, T, C]
         optional: causal self-attention that reads the fused projection; its scores are fp32 throughout.
     """
 
@@ -40,15 +52,26 @@ class AttentionBackend:
     projection: Callable | None = None
     devices: tuple[str, ...] | None = None  # None: any
     dtypes: tuple[torch.dtype, ...] = _ALL_DTYPES
-    max_head_dim: int | None = None
-    padding: bool = True
-    dropout: bool = True
-    unequal_lengths: bool = True
-    weights: bool = False
+    max_head_dim: int | None = None  # None: any
+    padding: bool = False  # kv_start, kv_end
+    dropout: bool = False  # dropout_p
+    unequal_lengths: bool = False  # T_q != T_k, and q_start: decoding with a cache needs it
+    upcast: bool = False  # upcast
+    weights: bool = False  # return_weights
     capturable: bool = False  # in a CUDA graph: it asks the device for no value and keeps nothing from call to call
+    runs_on: Callable | None = None  # (torch.device) -> whether it runs on this one of its devices; None: it does
 
     def refusal(
-        self, *, device, dtype, head_dim, padding=False, dropout=False, unequal_lengths=False, weights=False
+        self,
+        *,
+        device,
+        dtype,
+        head_dim,
+        padding=False,
+        dropout=False,
+        unequal_lengths=False,
+        upcast=False,
+        weights=False,
     ) -> str | None:
         """Why this backend cannot serve the request, in words, or None if it can."""
         if self.devices is not None and torch.device(device).type not in self.devices:
@@ -61,20 +84,31 @@ class AttentionBackend:
             (padding, self.padding, "padding"),
             (dropout, self.dropout, "attention dropout"),
             (unequal_lengths, self.unequal_lengths, "queries and keys of different lengths"),
+            (upcast, self.upcast, "upcast scores (reorder_and_upcast_attn)"),
             (weights, self.weights, "attention weights (output_attentions=True)"),
         ):
             if wanted and not able:
                 return what
         return None
 
+    def serves(self, **request):
+        """Whether this backend serves the request on this machine."""
+        is_here = self.runs_on is None or self.runs_on(torch.device(request["device"]))
+        return is_here and self.refusal(**request) is None
+
     def check(self, **request):
         """Raises ValueError if this backend cannot serve the request; names those that could."""
         reason = self.refusal(**request)
         if reason is None:
             return
-        others = [name for name, other in _BACKENDS.items() if other.refusal(**request) is None]
+        others = [name for name, other in _BACKENDS.items() if other.serves(**request)]
         able = f"backends that could serve it: {', '.join(others)}" if others else "no registered backend can serve it"
         raise ValueError(f"attention backend {self.name!r} does not support {reason}; {able}")
+
+    def options(self, **given):
+        """Those of the options that belong to the core or to a capability declared."""
+        undeclared = {name for what, names in _OPTIONS.items() if not getattr(self, what) for name in names}
+        return {name: value for name, value in given.items() if name not in undeclared}
 
 
 _BACKENDS: dict[str, AttentionBackend] = {}
@@ -85,15 +119,24 @@ def register_attention(name, *, replace=False, package=None, **capabilities):
     """Decorator: enters a function into the registry under `name`.
 
     capabilities: the fields of AttentionBackend after `forward`. package: one that the backend needs; where it is not
-    installed the backend is not entered. Raises ValueError if the name is taken and replace is False.
+    installed the backend is not entered. Raises ValueError if the name is taken and replace is False; TypeError for a
+    capability that there is not, one of the wrong type, and a function that cannot be called as it declares.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"register_attention: name is {name!r}; it must be a string, as in @register_attention('mine')")
+    if name == "auto":
+        raise ValueError("register_attention: 'auto' is the registry's own choice and cannot be a backend's name")
+    if name in _BACKENDS and not replace:
+        raise ValueError(f"register_attention: {name!r} is already registered; pass replace=True to replace it")
+    _check_capabilities(name, capabilities)
 
     def register(forward):
-        if name == "auto":
-            raise ValueError("register_attention: 'auto' is the registry's own choice and cannot be a backend's name")
-        if name in _BACKENDS and not replace:
-            raise ValueError(f"register_attention: {name!r} is already registered; pass replace=True to replace it")
         backend = AttentionBackend(name, forward, **capabilities)
+        options = backend.options(**dict.fromkeys(("scale", "causal", *sum(_OPTIONS.values(), ()))))
+        _check_signature(name, "the function", forward, 3, options)
+        if backend.projection is not None:
+            packed = backend.options(**dict.fromkeys(("scale", *_OPTIONS["padding"], *_OPTIONS["dropout"])))
+            _check_signature(name, "projection", backend.projection, 2, packed)
         if package is not None and importlib.util.find_spec(package) is None:
             _NOT_INSTALLED[name] = package
         else:
@@ -101,6 +144,45 @@ def register_attention(name, *, replace=False, package=None, **capabilities):
         return forward
 
     return register
+
+
+def _check_capabilities(name, capabilities):
+    known = [field.name for field in fields(AttentionBackend)][2:]
+    for key, value in capabilities.items():
+        if key not in known:
+            raise TypeError(
+                f"register_attention: {name!r} declares {key!r}, which is no capability; choose from {', '.join(known)}"
+            )
+        if key in ("projection", "runs_on"):
+            is_right, required = value is None or callable(value), "a function or None"
+        elif key in ("devices", "dtypes"):
+            of = str if key == "devices" else torch.dtype
+            is_right = isinstance(value, tuple) and all(isinstance(item, of) for item in value)
+            is_right, required = is_right or (key == "devices" and value is None), f"a tuple of {of.__name__}"
+        elif key == "max_head_dim":
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            is_right, required = value is None or (is_integer and value > 0), "a positive integer or None"
+        else:
+            is_right, required = isinstance(value, bool), "True or False"
+        if not is_right:
+            raise TypeError(f"register_attention: {name!r} declares {key}={value!r}; it must be {required}")
+
+
+def _check_signature(name, what, function, tensors, options):
+    """Raises TypeError unless function(*tensors, **options) fits its signature."""
+    if not callable(function):
+        raise TypeError(f"register_attention: {what} of {name!r} is {function!r}; it must be a function")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind(*[None] * tensors, **options)
+    except TypeError as error:
+        raise TypeError(
+            f"register_attention: {what} of {name!r} takes {signature}, but with what is declared it is called "
+            f"with {tensors} positional arguments and {', '.join(options)}: {error}"
+        ) from None
 
 
 def attention_backends():
@@ -119,22 +201,19 @@ def check_attention_name(name):
     return name
 
 
-def get_attention(name="auto", *, device=None, dtype=None, head_dim=None):
+def get_attention(name="auto", *, device=None, dtype=None, head_dim=None, weights=False):
     """The backend called `name`; "auto" chooses for tensors of this device, dtype and head dim."""
     check_attention_name(name)
     if name != "auto":
         return _BACKENDS[name]
-    on_gpu = torch.device(device or "cpu").type == "cuda"
-    if on_gpu and "triton" in _BACKENDS:
-        triton = _BACKENDS["triton"]
-        if triton.refusal(device=device, dtype=dtype, head_dim=head_dim) is None and triton_runs_on(device):
-            return triton
+    device = torch.device(device or "cpu")
+    for choice in ("triton", "sdpa", "eager"):
+        backend = _BACKENDS[choice]
+        # On a CPU the kernels run in the interpreter or the simulator, which nobody wants by default.
+        is_wanted = choice != "triton" or device.type == "cuda"
+        if is_wanted and backend.serves(device=device, dtype=dtype, head_dim=head_dim, weights=weights):
+            return backend
     return _BACKENDS["sdpa"]
-
-
-def triton_runs_on(device):
-    """Whether the kernels of this project support the GPU `device`."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attention(
@@ -156,7 +235,7 @@ def attention(
 
     q [B, H, T_q, D]; k, v [B, H, T_k, D]. Returns (o [B, H, T_q, D], weights [B, H, T_q, T_k] or None).
     """
-    chosen = get_attention(backend, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
+    chosen = get_attention(backend, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], weights=return_weights)
     chosen.check(
         device=q.device,
         dtype=q.dtype,
@@ -164,12 +243,10 @@ def attention(
         padding=kv_start is not None or kv_end is not None,
         dropout=dropout_p > 0,
         unequal_lengths=q.shape[-2] != k.shape[-2] or q_start is not None,
+        upcast=upcast,
         weights=return_weights,
     )
-    return chosen.forward(
-        q,
-        k,
-        v,
+    options = chosen.options(
         scale=scale,
         causal=causal,
         kv_start=kv_start,
@@ -179,6 +256,7 @@ def attention(
         upcast=upcast,
         return_weights=return_weights,
     )
+    return chosen.forward(q, k, v, **options)
 
 
 def split_heads(qkv, num_heads):
@@ -202,8 +280,10 @@ def self_attention(
             head_dim=head_dim,
             padding=kv_start is not None or kv_end is not None,
             dropout=dropout_p > 0,
+            upcast=upcast,
         )
-        return chosen.projection(qkv, num_heads, scale=scale, kv_start=kv_start, kv_end=kv_end, dropout_p=dropout_p)
+        options = chosen.options(scale=scale, kv_start=kv_start, kv_end=kv_end, dropout_p=dropout_p)
+        return chosen.projection(qkv, num_heads, **options)
     q, k, v = split_heads(qkv, num_heads)
     o, _ = attention(
         q,

@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_plots import assert_chart
 
-import model.attention
 from bench import attention_sweep as sweep
 from bench.lib.attention_cases import HEAD_DIMS, SCENARIOS, cache_bytes
 from kernels import reference
-from model.attention import register_attention
+from model.attention import attention, register_attention
+from model.attention import registry as attention_registry
 
 ROOT = Path(sweep.__file__).parents[1]
 FIELDS = (
@@ -124,13 +124,13 @@ def test_triton_refuses_a_gpu_older_than_its_kernels(monkeypatch):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(model.attention.registry, "_BACKENDS", dict(model.attention.registry._BACKENDS))
+    monkeypatch.setattr(attention_registry, "_BACKENDS", dict(attention_registry._BACKENDS))
 
 
 def test_a_backend_that_is_wrong_gets_no_time(registry):
     @register_attention("wrong")
     def wrong(q, k, v, **options):
-        o, p = model.attention.registry._BACKENDS["eager"].forward(q, k, v, **options)
+        o, p = attention(q, k, v, backend="eager", **options)
         return o + 1e-4 * o.detach().square(), p
 
     rows = sweep.timed_rows(CASE, ["wrong", "sdpa"], ["forward"], torch.device("cpu"), quick=True)
@@ -143,7 +143,7 @@ def test_a_backend_that_is_wrong_gets_no_time(registry):
 def test_a_backend_whose_gradient_alone_is_wrong_gets_no_backward_time(registry):
     @register_attention("halved")
     def halved(q, k, v, **options):
-        return model.attention.registry._BACKENDS["eager"].forward(q, (k + k.detach()) / 2, v, **options)
+        return attention(q, (k + k.detach()) / 2, v, backend="eager", **options)
 
     forward, backward = sweep.timed_rows(CASE, ["halved"], sweep.MODES, torch.device("cpu"), quick=True)
     assert forward["status"] == "ok"
@@ -353,9 +353,9 @@ def test_the_gate_of_the_kernel_drops_weights(monkeypatch):
 
 
 def test_backends_say_which_scenario_they_cannot_serve(registry):
-    @register_attention("plain", padding=False, dropout=False, unequal_lengths=False)
+    @register_attention("plain")
     def plain(q, k, v, **options):
-        return model.attention.registry._BACKENDS["sdpa"].forward(q, k, v, **options)
+        return attention(q, k, v, backend="sdpa", **options)
 
     shapes = [
         (replace(CASE, padding="left", valid=0.5), "not supported: padding"),

@@ -42,8 +42,7 @@ def case(name):
 
 
 def call(backend, q, k, v, **options):
-    rest = {"dropout_p": 0.0, "upcast": False, "return_weights": False, "scale": None} | options
-    o, weights = backend(q, k, v, **rest)
+    o, weights = backend(q, k, v, **{"upcast": False, "scale": None} | options)
     assert weights is None
     assert o.transpose(1, 2).is_contiguous()  # memory order [B, T, H, D]
     return o
@@ -87,6 +86,10 @@ def test_flex_says_what_it_cannot():
     with pytest.raises(ValueError, match=r"'flex' does not support device cpu \(it runs on cuda\).*eager, sdpa"):
         attention(q, k, v, backend="flex")
     assert get_attention("flex").dropout is False
+
+
+def flash(q, k, v, dropout_p=0.0, **options):
+    return call(flash_attention_2_module.flash_attention_2, q, k, v, dropout_p=dropout_p, **options)
 
 
 @pytest.fixture
@@ -135,7 +138,7 @@ def test_flash_attention_2_keeps_the_contract(flash_attn, name, causal):
         o = function(*leaves)
         return o, *torch.autograd.grad(o, leaves, do)
 
-    got = with_gradients(lambda *x: call(flash_attention_2_module.flash_attention_2, *x, causal=causal, **bounds))
+    got = with_gradients(lambda *x: flash(*x, causal=causal, **bounds))
     expected = with_gradients(lambda *x: reference.attention(*x, causal=causal, **bounds)[0])
     for actual, wanted in zip(got, expected):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=2e-6)
@@ -143,20 +146,11 @@ def test_flash_attention_2_keeps_the_contract(flash_attn, name, causal):
 
 def test_flash_attention_2_is_given_the_layout_that_it_takes(flash_attn):
     q, k, v, _, _ = case("decode")
-    call(
-        flash_attention_2_module.flash_attention_2,
-        q,
-        k,
-        v,
-        causal=True,
-        scale=0.25,
-        dropout_p=0.1,
-        **dict.fromkeys(BOUNDS),
-    )
+    flash(q, k, v, causal=True, scale=0.25, dropout_p=0.1, **dict.fromkeys(BOUNDS))
     assert flash_attn.calls == [{"dropout_p": 0.1, "softmax_scale": 0.25, "causal": True, "q": (2, 1, 3, 16)}]
     flash_attn.calls.clear()
     q, k, v, _, bounds = case("left")
-    call(flash_attention_2_module.flash_attention_2, q, k, v, causal=True, scale=0.25, dropout_p=0.1, **bounds)
+    flash(q, k, v, causal=True, scale=0.25, dropout_p=0.1, **bounds)
     row = {"dropout_p": 0.1, "softmax_scale": 0.25, "causal": True, "q": (1, 17, 3, 16)}
     assert flash_attn.calls == [row, row]  # one call for both rows: no query stands beyond the last key
 
@@ -186,4 +180,4 @@ def test_an_old_flash_attn_is_refused(flash_attn):
     flash_attn.__version__ = "2.0.8"
     q, k, v, _, bounds = case("square")
     with pytest.raises(ImportError, match=r"flash_attn 2\.0\.8 is installed; 2\.1 or newer is required"):
-        call(flash_attention_2_module.flash_attention_2, q, k, v, causal=True, **bounds)
+        flash(q, k, v, causal=True, **bounds)

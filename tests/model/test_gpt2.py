@@ -349,26 +349,3 @@ def test_refuses_what_the_backend_cannot_do():
     config.n_head = 5
     with pytest.raises(ValueError, match="n_embd 48 is not divisible by n_head 5"):
         GPT2(config)
-
-
-def test_a_backend_registered_from_outside_is_used_by_the_model():
-    from kernels import reference
-    from model.attention import register_attention
-    from model.attention.registry import _BACKENDS
-
-    calls = []
-
-    @register_attention("counted")
-    def counted(q, k, v, *, return_weights, **options):
-        calls.append(options["scale"])
-        o, _ = reference.attention(q, k, v, **options)
-        return o, None
-
-    try:
-        model = spread(GPT2(tiny_config(scale_attn_by_inverse_layer_idx=True), attn_implementation="counted")).eval()
-        out = model(IDS).logits
-        assert calls == [0.25, 0.125, pytest.approx(0.25 / 3)]
-        model.set_attn_implementation("eager")
-        torch.testing.assert_close(out, model(IDS).logits)
-    finally:
-        del _BACKENDS["counted"]

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT2
 from model import cache as cache_module
-from model.attention import register_attention
-from model.attention.builtin import sdpa
+from model.attention import attention, register_attention, registry
 from model.cache import KVCache
 from model.generation import graph as graph_module
 from model.generation.decoding import Decoding
@@ -426,16 +425,18 @@ class TestFallingBack:
     @pytest.mark.parametrize(
         ("capabilities", "reason"),
         [
-            ({}, "attention backend 'mine' is not declared capturable"),
-            ({"capturable": True, "padding": False}, "attention backend 'mine' does not support padding"),
+            ({"padding": True}, "attention backend 'mine' is not declared capturable"),
+            ({"capturable": True}, "attention backend 'mine' does not support padding"),
         ],
         ids=["undeclared", "no-padding"],
     )
     def test_backends_from_outside(self, captures, caplog, monkeypatch, model, capabilities, reason):
-        from model.attention import registry as attention
+        monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
 
-        monkeypatch.setattr(attention, "_BACKENDS", dict(attention._BACKENDS))
-        register_attention("mine", **capabilities)(sdpa)
+        @register_attention("mine", unequal_lengths=True, **capabilities)
+        def mine(q, k, v, **options):
+            return attention(q, k, v, backend="sdpa", **options)
+
         model.set_attn_implementation("mine")
         caplog.set_level(logging.INFO, "model.generation.graph")
         say(model, UNIFORM)
@@ -549,10 +550,10 @@ class TestOnAGPU:
 def fail_to_capture():
     """A backend that waits for the device where it says that it does not."""
 
-    @register_attention("waits", capturable=True)
-    def waits(q, *arguments, **options):
+    @register_attention("waits", capturable=True, padding=True, unequal_lengths=True)
+    def waits(q, k, v, **options):
         q.sum().item()
-        return sdpa(q, *arguments, **options)
+        return attention(q, k, v, backend="sdpa", **options)
 
     model = talkative("waits", n_layer=2).cuda()
     stream = torch.cuda.current_stream()
