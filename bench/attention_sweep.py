@@ -39,6 +39,7 @@ from kernels import flash_attention, reference
 from kernels.attention.dropout import attention_keep_mask
 from kernels.simulator import simulate
 from model.attention import attention, attention_backends, get_attention
+from model.attention.outside import add_import_option
 
 MODES = ("forward", "backward")
 SDPA_KERNELS = {
@@ -258,6 +259,7 @@ def parser():
     result = Parser("bench/attention_sweep.py", __doc__, check=complete)
     result.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["lengths"], help="default: lengths")
     result.add_argument("--backends", nargs="+", metavar="NAME", help=f"of the registry, or {', '.join(SDPA_KERNELS)}")
+    add_import_option(result)
     result.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     result.add_argument("--heads", type=positive, default=12, metavar="H", help="default: 12")
     result.add_argument("--head-dim", type=positive, default=64, metavar="D", help="default: 64")

@@ -29,6 +29,7 @@ from bench.lib.live_bytes import LiveBytes
 from bench.lib.providers import THEIRS, Provider, build, gate, refuse
 from bench.lib.record import NOT_MEASURED, cell, environment_of, finish, save, table
 from model import GPT2Config, attention_backends
+from model.attention.outside import add_import_option
 from model.config import PRESETS
 
 MODES = ("training", "decoding", "inference")
@@ -150,8 +151,9 @@ def _percent(first, second, field):
 
 def parser():
     result = Parser("bench/model_sweep.py", __doc__, check=complete)
-    known = (*attention_backends(), *THEIRS)
+    known = (*attention_backends(), "one that --import registers", *THEIRS)
     result.add_argument("--pair", nargs=2, metavar="NAME", help=f"two of {', '.join(known)}")
+    add_import_option(result)
     result.add_argument("--size", choices=PRESETS, help="default: gpt2-large on a GPU, as on the page; else distilgpt2")
     result.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: all")
@@ -167,7 +169,7 @@ def complete(args):
     args.dtype = args.dtype or ("float16" if on_gpu else "float32")
     args.pair = args.pair or (["sdpa", "triton"] if on_gpu else ["eager", "sdpa"])
     for name in args.pair:
-        refuse("--pair", name, args)
+        refuse("--pair", name, args, unequal_lengths="decoding" in args.mode)
     if args.pair[0] == args.pair[1]:
         raise UsageError(f"--pair {args.pair[0]} {args.pair[1]}: two different providers are required")
     config = GPT2Config.preset(args.size)

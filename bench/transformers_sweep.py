@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 
-from bench.lib.cli import Parser, progress
+from bench.lib.cli import Parser, UsageError, progress
 from bench.lib.clock import measure, summary
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
-from bench.lib.providers import NEW_TOKENS, Provider, build, gate, refuse
+from bench.lib.providers import NEW_TOKENS, THEIRS, Provider, build, gate, refuse
 from bench.lib.record import environment_of, finish
 from model import attention_backends
+from model.attention.outside import add_import_option
 from model.config import PRESETS
 
 BASELINE = "transformers-sdpa"
@@ -105,7 +106,9 @@ def row(args, case, backend, B, T):
 
 def parser():
     result = Parser("bench/transformers_sweep.py", __doc__, check=complete)
-    result.add_argument("--backend", choices=attention_backends(), help="ours; default: triton on a GPU, sdpa on a CPU")
+    known = ", ".join((*attention_backends(), "one that --import registers"))
+    result.add_argument("--backend", metavar="NAME", help=f"ours: {known}; default: triton on a GPU, sdpa on a CPU")
+    add_import_option(result)
     result.add_argument("--size", choices=PRESETS, default="gpt2", help="default: gpt2")
     result.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     return result
@@ -117,7 +120,9 @@ def complete(args):
     args.backend = args.backend or ("triton" if on_gpu else "sdpa")
     args.dtype = args.dtype or ("float16" if on_gpu else "float32")
     refuse("the baseline", BASELINE, args)
-    refuse("--backend", args.backend, args)
+    if args.backend in THEIRS:
+        raise UsageError(f"--backend {args.backend}: it is transformers'; one of ours is required")
+    refuse("--backend", args.backend, args, unequal_lengths=True)
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from model import GPT2, GPT2Config
+from model.attention.outside import add_import_option
 from model.config import PRESETS
 from model.generation.streaming import TextStreamer
 from tokenizer import GPT2Tokenizer
@@ -32,7 +33,10 @@ def parse(arguments):
     parser.add_argument("--model", default="gpt2", help="a directory or a name on the Hub (default: gpt2)")
     parser.add_argument("--random-weights", action="store_true", help="do not load weights; see --size")
     parser.add_argument("--size", choices=PRESETS, default="gpt2", help="with --random-weights (default: gpt2)")
-    parser.add_argument("--attn", default="auto", help="attention backend: auto, triton, sdpa, eager (default: auto)")
+    parser.add_argument(
+        "--attn", default="auto", help="attention backend: auto, triton, sdpa, eager, one of your own (default: auto)"
+    )
+    add_import_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: the checkpoint's)")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="(default: 100)")

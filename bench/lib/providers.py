@@ -154,8 +154,11 @@ def gate(providers, ours):
     return judged
 
 
-def refuse(option, name, args):
-    """UsageError if the provider that the option names cannot serve args.size, args.dtype and args.device."""
+def refuse(option, name, args, **needs):
+    """UsageError if the provider that the option names cannot serve args.size, args.dtype and args.device.
+
+    needs: of AttentionBackend.refusal, such as unequal_lengths=True for decoding.
+    """
     if name in THEIRS:
         if importlib.util.find_spec("transformers") is None:
             raise UsageError(f"{option} {name}: transformers is not installed here")
@@ -165,6 +168,7 @@ def refuse(option, name, args):
     if name == "triton" and args.device.type != "cuda":
         raise UsageError(f"{option} triton: not timed without a GPU; bench/attention_sweep.py checks it here")
     head_dim = GPT2Config.preset(args.size).head_dim
-    reason = get_attention(name).refusal(device=args.device, dtype=DTYPES[args.dtype], head_dim=head_dim)
+    request = {"device": args.device, "dtype": DTYPES[args.dtype], "head_dim": head_dim}
+    reason = get_attention(name).refusal(**request, **needs)
     if reason is not None:
         raise UsageError(f"{option} {name} does not support {reason}")
