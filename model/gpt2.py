@@ -109,7 +109,7 @@ class GPT2Model(PretrainedModel):
         super().__init__(config)
         self.set_attn_implementation(attn_implementation)
         self.kernel_implementation = check_kernels_name(kernel_implementation)
-        self.gradient_checkpointing = False
+        self.checkpointing = None  # options of torch's checkpoint(), where blocks are recomputed
         # nn.Embedding's own random initialisation would be overwritten: from_pretrained has none.
         self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
@@ -151,7 +151,7 @@ class GPT2Model(PretrainedModel):
             use_cache = cache is not None or (config.use_cache and not torch.is_grad_enabled())
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
         output_attentions = _default(output_attentions, config.output_attentions)
-        checkpointing = self.gradient_checkpointing and self.training
+        checkpointing = self.checkpointing if self.training and torch.is_grad_enabled() else None
 
         B, T = self._check_tokens(input_ids, inputs_embeds, cache)
         if use_cache and cache is None:
@@ -173,7 +173,7 @@ class GPT2Model(PretrainedModel):
                 hidden_states.append(x)
                 arguments = (x, y, next_norm, kernels, self.attn_implementation, padding, cache, output_attentions)
                 x, y, weights = (
-                    checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
+                    block(*arguments) if checkpointing is None else checkpoint(block, *arguments, **checkpointing)
                 )
                 attentions.append(weights)
             hidden_states.append(y)
@@ -240,6 +240,14 @@ class GPT2(GenerationMixin, PretrainedModel):
         """Makes lm_head and wte one parameter, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+
+    def _apply(self, fn, recurse=True):
+        """As torch has it, but the head stays tied where a move makes new parameters: to and from "meta"."""
+        is_tied = self.lm_head.weight is self.transformer.wte.weight
+        super()._apply(fn, recurse)
+        if is_tied:
+            self.lm_head.weight = self.transformer.wte.weight
+        return self
 
     def set_attn_implementation(self, name):
         self.transformer.set_attn_implementation(name)

@@ -17,6 +17,7 @@ import torch
 
 _SINGLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
 _FORMATS = (_SINGLE, _SHARDED, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_STATE_DICTS = ("model", "state_dict", "model_state_dict")  # keys of a pickle that holds more than the weights
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -113,11 +114,19 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except pickle.UnpicklingError as error:
         raise ValueError(f"from_pretrained: {path} is damaged or holds more than tensors; not loaded") from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"from_pretrained: {path} is truncated or damaged: {error}") from error
+
+
+def _state_dict(loaded):
+    """The state dict of a pickle: all of it, or what a training script keeps beside its optimizer and its step."""
+    for name in _STATE_DICTS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            return loaded[name]
+    return loaded
 
 
 def write_checkpoint(directory, tensors, max_shard_size=None):

@@ -4,6 +4,7 @@ Weights are mapped, not copied: the model is built without storage and takes the
 """
 
 import copy
+import inspect
 import logging
 import re
 from dataclasses import replace
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.checkpoints.files import Source, listed, read_checkpoint, write_checkpoint
 from model.config import GPT2Config
+from model.layers.embeddings import TokenEmbeddings
 from model.layers.initialisation import init_weights
 from model.layers.ops import check_kernels_name
 
@@ -24,9 +27,18 @@ _MASK_BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$")
 _HEADS = ("lm_head.", "multiple_choice_head.", "score.", "classifier.", "qa_outputs.")
 
 
-class PretrainedModel(nn.Module):
+_CHECKPOINT_OPTIONS = {"preserve_rng_state"} | {
+    name for name, value in inspect.signature(checkpoint).parameters.items() if value.kind is value.KEYWORD_ONLY
+}
+
+# What DataParallel and DistributedDataParallel, torch.compile, PEFT and others write before each key.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
+
+
+class PretrainedModel(TokenEmbeddings, nn.Module):
     """Base of the models: a config, from_pretrained and save_pretrained."""
 
+    _require_grads_hook = None
     head_name = None  # of a head that plain GPT-2 checkpoints lack
 
     def __init__(self, config):
@@ -49,11 +61,42 @@ class PretrainedModel(nn.Module):
     def tie_weights(self):
         """Makes one parameter of those that the config ties. Nothing, unless a model says otherwise."""
 
-    def gradient_checkpointing_enable(self, enabled=True):
-        """In training, recomputes each block in the backward pass rather than keeping what it computed."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """In training, recomputes each block in the backward pass rather than keeping what it computed.
+
+        gradient_checkpointing_kwargs: those of torch.utils.checkpoint.checkpoint, by default {"use_reentrant": False}.
+        """
+        given = gradient_checkpointing_kwargs or {}
+        if not isinstance(given, dict):
+            raise TypeError(f"gradient_checkpointing_enable: {given!r} came; a dict of options is required")
+        options = {"use_reentrant": False, **given}
+        for name in options.keys() - _CHECKPOINT_OPTIONS:
+            known = ", ".join(sorted(_CHECKPOINT_OPTIONS))
+            raise TypeError(f"gradient_checkpointing_enable: {name!r} is no option of torch's checkpoint(): {known}")
+        self._set_checkpointing(options)
+
+    def gradient_checkpointing_disable(self):
+        self._set_checkpointing(None)
+
+    @property
+    def is_gradient_checkpointing(self):
+        return any(getattr(module, "checkpointing", None) is not None for module in self.modules())
+
+    def _set_checkpointing(self, options):
         for module in self.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = enabled
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = options
+
+    def enable_input_require_grads(self):
+        """Lets gradients reach what wte looks up where its weight is frozen, as training adapters needs it."""
+        self.disable_input_require_grads()
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grad)
+
+    def disable_input_require_grads(self):
+        """Undoes enable_input_require_grads()."""
+        if self._require_grads_hook is not None:
+            self._require_grads_hook.remove()
+            self._require_grads_hook = None
 
     def set_kernel_implementation(self, name):
         """Chooses what computes LayerNorm, GELU and the loss: "auto", "triton" or "torch" (model/layers/ops.py)."""
@@ -111,8 +154,18 @@ class PretrainedModel(nn.Module):
         directory = Path(directory)
         self.config.architectures = [ARCHITECTURES.get(type(self).__name__, type(self).__name__)]
         self.config.dtype = self.dtype
-        self.config.save_pretrained(directory)
-        write_checkpoint(directory, _own_tensors(self), max_shard_size)
+        tensors, is_tied = _own_tensors(self)
+        if is_tied is not None and is_tied != self.config.tie_word_embeddings:
+            logger.warning(
+                "%s.save_pretrained: config.tie_word_embeddings is %s, but lm_head.weight %s; saved as it is",
+                type(self).__name__,
+                self.config.tie_word_embeddings,
+                "is wte.weight" if is_tied else "is a tensor of its own",
+            )
+        config = copy.copy(self.config)
+        config.tie_word_embeddings = config.tie_word_embeddings if is_tied is None else is_tied
+        config.save_pretrained(directory)
+        write_checkpoint(directory, tensors, max_shard_size)
 
 
 # What Hugging Face calls the classes whose name is not the same here.
@@ -122,10 +175,12 @@ ARCHITECTURES = {"GPT2": "GPT2LMHeadModel"}
 def load_weights(model, tensors, *, dtype=None, strict=True):
     """Gives a checkpoint's tensors to a model, whose parameters they become; dtype None keeps each tensor's own.
 
-    The prefix `transformer.` may be there or not, stored causal masks are dropped, and heads that this model does not
-    have are left out. A head of model/heads.py that is missing as a whole is initialised, with a warning.
+    The prefix `transformer.` may be there or not, and so may those of wrappers (_WRAPPERS) before all keys; stored
+    causal masks are dropped, and heads that this model does not have are left out. A head of model/heads.py that is
+    missing as a whole is initialised, with a warning.
     """
     wanted = model.state_dict()
+    tensors = _without_wrappers(tensors)
     prefix = "transformer." if any(key.startswith("transformer.") for key in wanted) else ""
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
     found, unexpected = {}, []
@@ -137,6 +192,8 @@ def load_weights(model, tensors, *, dtype=None, strict=True):
         elif not _MASK_BUFFER.search(key) and not bare.startswith(_HEADS):
             unexpected.append(key)
 
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors:  # which may be the only one of the two names
+        found.setdefault(prefix + "wte.weight", tensors["lm_head.weight"])
     embedding = found.get(prefix + "wte.weight")
     if tied in wanted and embedding is not None:
         if not torch.equal(found.get(tied, embedding), embedding):
@@ -173,6 +230,20 @@ def load_weights(model, tensors, *, dtype=None, strict=True):
     model.tie_weights()
 
 
+def _require_grad(module, arguments, output):
+    output.requires_grad_(True)
+
+
+def _without_wrappers(tensors):
+    """The tensors without the prefixes of _WRAPPERS, as far as every key has them."""
+    while tensors:
+        prefix = next((p for p in _WRAPPERS if all(key.startswith(p) for key in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
 def _initialised_head(model, dtype):
     """The tensors of a model's head, by their names in the model, as initialisation makes them."""
     head = model.get_submodule(model.head_name).to_empty(device="cpu").to(dtype)
@@ -181,8 +252,21 @@ def _initialised_head(model, dtype):
 
 
 def _own_tensors(model):
-    """The state dict without the second name of a tied parameter."""
+    """(The state dict without the second name of a tied head, whether the head is tied; None where there is none).
+
+    The tensors decide, not the config: they may have been tied or untied since. Others in one place are written twice.
+    """
     tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError(f'{type(model).__name__}.save_pretrained: weights are on device "meta"; they hold no values')
+    head, embedding, is_tied = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight"), None
+    if head is not None:
+        is_tied = head.data_ptr() == embedding.data_ptr() and head.stride() == embedding.stride()
+        if is_tied:
+            del tensors["lm_head.weight"]
+    seen = set()
+    for key, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors, is_tied

@@ -15,16 +15,17 @@ from kernels.checks import FLOATS
 from model.attention import triton_runs_on
 
 KERNEL_IMPLEMENTATIONS = ("auto", "triton", "torch")
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function, written in three ways
 
 ACTIVATIONS = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    **dict.fromkeys(_TANH_GELU, lambda x: F.gelu(x, approximate="tanh")),
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
     "tanh": torch.tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "mish": F.mish,
 }
 
 

@@ -104,6 +104,7 @@ def test_each_option_of_attention_is_honoured_by_our_kernels(lane, dtype, fields
         {"layer_norm_epsilon": 1e-2},
         {"tie_word_embeddings": False},
         *({"activation_function": name} for name in ("gelu", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")),
+        *({"activation_function": name} for name in ("quick_gelu", "gelu_fast", "mish")),
     ],
     ids=lambda fields: "-".join(f"{key}-{value}" for key, value in fields.items()),
 )
@@ -153,21 +154,26 @@ def test_hidden_states_attentions_and_other_inputs_are_transformers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [None, {}, {"use_reentrant": True}, {"preserve_rng_state": False}],
+    ids=["", "checkpointing", "reentrant", "no-rng"],
+)
 def test_gradients_of_a_training_step_are_transformers(backend, checkpointing):
     assert_equal_training_step(backend, checkpointing, "cpu")
 
 
 @across_lanes()
 def test_gradients_of_a_training_step_are_transformers_with_our_kernels(lane):
-    assert_equal_training_step("triton", False, lane.device)
+    assert_equal_training_step("triton", None, lane.device)
 
 
 def assert_equal_training_step(backend, checkpointing, device):
     """Loss, every gradient, and the logits after an optimiser step."""
     config = tiny_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     ours, theirs = (model.train().to(device) for model in pair(config, attn=backend))
-    ours.gradient_checkpointing_enable(checkpointing)
+    if checkpointing is not None:
+        ours.gradient_checkpointing_enable(checkpointing)
     ids, mask = (tensor.to(device) for tensor in padded_batch(101, [23, 7], 23))
     labels = ids.masked_fill(mask == 0, -100)
     losses = [model(ids, attention_mask=mask, labels=labels).loss for model in (ours, theirs)]
@@ -203,12 +209,33 @@ def test_checkpointing_changes_no_dropout():
     ids, _ = padded_batch(101, [12, 12], 12)
     gradients = []
     for enabled in (False, True):
-        ours.gradient_checkpointing_enable(enabled)
+        if enabled:
+            ours.gradient_checkpointing_enable()
+        assert ours.is_gradient_checkpointing == enabled
         ours.zero_grad()
         torch.manual_seed(3)
         ours(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in ours.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    ours.gradient_checkpointing_disable()
+    assert not ours.is_gradient_checkpointing
+    with pytest.raises(TypeError, match=r"'use_reentrnt' is no option of torch's checkpoint\(\): .*use_reentrant"):
+        ours.gradient_checkpointing_enable({"use_reentrnt": True})
+    with pytest.raises(TypeError, match="True came; a dict"):
+        ours.gradient_checkpointing_enable(True)
+
+
+def test_gradients_reach_inputs_whose_embedding_is_frozen():
+    """As adapters are trained: everything frozen, blocks recomputed by the reentrant checkpoint()."""
+    ours = spread(GPT2(tiny_config())).train().requires_grad_(False)
+    ours.transformer.h[0].mlp.c_fc.bias.requires_grad_(True)
+    ours.gradient_checkpointing_enable({"use_reentrant": True})
+    ours.enable_input_require_grads()
+    ids, _ = padded_batch(101, [12, 12], 12)
+    ours(ids, labels=ids).loss.backward()
+    assert ours.transformer.h[0].mlp.c_fc.bias.grad.any()
+    ours.disable_input_require_grads()
+    assert not ours.transformer.wte._forward_hooks
 
 
 def test_initialisation_is_gpt2s():

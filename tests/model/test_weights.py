@@ -316,3 +316,85 @@ def test_what_a_refusal_suggests_works(ours, saved):
 def test_an_untied_model_needs_its_head(saved):
     with pytest.raises(ValueError, match=r"the checkpoint lacks lm_head\.weight"):
         GPT2.from_pretrained(saved, tie_word_embeddings=False)
+
+
+class TestTying:
+    """What is saved is what the tensors are: the config's flag may no longer say it."""
+
+    def check(self, model, directory, *, is_tied):
+        """Saves, and loads with both libraries: the same logits."""
+        expected = logits(model)
+        model.save_pretrained(directory)
+        assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"] == is_tied
+        assert ("lm_head.weight" in load_file(directory / "model.safetensors")) != is_tied
+        again = GPT2.from_pretrained(directory)
+        assert (again.lm_head.weight is again.transformer.wte.weight) == is_tied
+        assert torch.equal(logits(again), expected)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(directory)
+        torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=2e-4)
+
+    def test_a_head_untied_since_is_saved(self, ours, tmp_path, caplog):
+        """Regression: it was left out, and the reloaded logits were 27 off."""
+        ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach() * 2)
+        self.check(ours, tmp_path, is_tied=False)
+        assert "config.tie_word_embeddings is True, but lm_head.weight is a tensor of its own" in caplog.text
+
+    def test_a_head_tied_since_is_saved_once(self, tmp_path, caplog):
+        """Regression: safetensors' own error about shared memory."""
+        model = spread(GPT2(tiny_config(tie_word_embeddings=False), attn_implementation="sdpa")).eval()
+        model.lm_head.weight = model.transformer.wte.weight
+        self.check(model, tmp_path, is_tied=True)
+        assert "config.tie_word_embeddings is False, but lm_head.weight is wte.weight" in caplog.text
+
+    def test_the_flag_alone_changes_nothing(self, ours, tmp_path):
+        ours.config.tie_word_embeddings = False
+        self.check(ours, tmp_path, is_tied=True)
+
+    def test_a_way_through_meta_leaves_the_head_tied(self, ours, tmp_path):
+        """Regression: to_empty() made two parameters of one."""
+        with torch.device("meta"):
+            model = GPT2(tiny_config(), attn_implementation="sdpa").eval()
+        model.to_empty(device="cpu").load_state_dict(ours.state_dict())
+        assert model.lm_head.weight is model.transformer.wte.weight
+        model.train()(IDS, labels=IDS).loss.backward()
+        torch.optim.SGD(model.parameters(), 1.0).step()
+        self.check(model.eval(), tmp_path, is_tied=True)
+
+    def test_tensors_assigned_apart_are_saved_apart(self, ours, tmp_path):
+        state = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+        ours.load_state_dict(state, assign=True)
+        ours.lm_head.weight.data.mul_(2)
+        self.check(ours, tmp_path, is_tied=False)
+
+    def test_layers_that_share_are_written_twice(self, ours, tmp_path):
+        ours.transformer.h[1].mlp = ours.transformer.h[0].mlp
+        self.check(ours, tmp_path, is_tied=True)
+
+    @pytest.mark.parametrize("cls", [GPT2, GPT2Model])
+    def test_one_name_of_the_two_is_enough(self, cls, ours, saved):
+        rewrite(saved, lambda t: {"lm_head.weight": t.pop("transformer.wte.weight"), **t})
+        model = cls.from_pretrained(saved)
+        assert torch.equal(model.get_input_embeddings().weight, ours.transformer.wte.weight)
+
+    def test_weights_without_values_are_not_saved(self, ours, tmp_path):
+        with pytest.raises(ValueError, match='weights are on device "meta"; they hold no values'):
+            ours.to("meta").save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_recognised(prefix, ours, saved):
+    rewrite(saved, lambda tensors: {prefix + key: tensor for key, tensor in tensors.items()})
+    assert torch.equal(logits(GPT2.from_pretrained(saved)), logits(ours))
+
+
+def test_a_prefix_before_some_keys_alone_is_refused(saved):
+    rewrite(saved, lambda t: {"module." + key if key == LN else key: tensor for key, tensor in t.items()})
+    with pytest.raises(ValueError, match=f"the checkpoint lacks {LN}"):
+        GPT2.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["model", "state_dict", "model_state_dict"])
+def test_the_state_dict_of_a_training_scripts_checkpoint_is_found(name, ours, saved):
+    (saved / "model.safetensors").unlink()
+    torch.save({name: ours.state_dict(), "optimizer": {"step": 3}, "epoch": 1}, saved / "pytorch_model.bin")
+    assert torch.equal(logits(GPT2.from_pretrained(saved)), logits(ours))
