@@ -30,11 +30,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.lib.attention_cases import SCENARIOS, SIZES, Case, cache_bytes, flops, modes_of, variants
-from bench.lib.cli import Parser, UsageError, positive, progress
-from bench.lib.clock import attempt, measure, peak_memory_mb
+from bench.lib.cli import Parser, UsageError, positive
+from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
 from bench.lib.gate import FORWARD_FACTOR, GRADIENT_FACTOR, OK, judge
 from bench.lib.lanes import DTYPES, rows_by_lane
-from bench.lib.record import environment_of, finish
+from bench.lib.record import Record
 from kernels import flash_attention, reference
 from kernels.attention.dropout import attention_keep_mask
 from kernels.simulator import simulate
@@ -65,8 +65,8 @@ SCENARIO_COLUMNS = {
     "decode": ("T_k", "gb_per_s"),
     "head-dims": ("H", "D"),
 }
-RESULT = ("median_ms", "p20_ms", "p80_ms", "tflops", "peak_memory_mb", "error", "lane", "status")
-MEASURED = ("median_ms", "p20_ms", "p80_ms", "tflops", "gb_per_s", "peak_memory_mb", "error")
+RESULT = ("median_ms", "p20_ms", "p80_ms", "host_us", "graph_ms", "tflops", "peak_memory_mb", "error", "lane", "status")
+MEASURED = (*TIMES, "tflops", "gb_per_s", "peak_memory_mb", "error")
 
 
 # Backends
@@ -166,12 +166,11 @@ def gates(case, inputs, names):
 
 def check(mode, name, inputs, gate):
     """(error, status) of one backend on `inputs`."""
-    try:
-        actual, status = attempt(lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options)()])
-    except RuntimeError as error:
-        if name not in SDPA_KERNELS or not any(words in str(error) for words in SDPA_REFUSALS):
-            raise
-        return None, "not supported: SDPA has no such kernel for this request"
+    actual, status = attempt(
+        lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options)()], provider=name
+    )
+    if name in SDPA_KERNELS and any(words in status for words in SDPA_REFUSALS):
+        status = "not supported: SDPA has no such kernel for this request"
     if status != OK:
         return None, status
     baseline, oracle = gate.baseline[mode], gate.oracle[mode]
@@ -188,8 +187,11 @@ def row(name, mode, case, lane):
     return {"backend": name, "mode": mode, **asdict(case), **unmeasured, "lane": lane, "status": OK}
 
 
-def timed_rows(case, names, modes, device, quick):
-    """The rows of one shape: each backend checked, then those that passed timed against each other."""
+def timed_rows(case, names, modes, device, quick, lost=lambda name: None):
+    """The rows of one shape: each backend checked, then those that passed timed against each other.
+
+    lost(name): why a backend must not run here, or None.
+    """
     inputs = case.inputs(device)
     gate_of = gates(case, inputs, names)
     options = case.options(device) | {"dropout_p": case.dropout_p}
@@ -203,11 +205,14 @@ def timed_rows(case, names, modes, device, quick):
             if reason is not None:
                 entry["status"] = f"not supported: {reason}"
                 continue
+            if lost(name) is not None:
+                entry["status"] = lost(name)
+                continue
             entry["checked"] = gate_of[name].checked
             entry["error"], entry["status"] = check(mode, name, inputs, gate_of[name])
             if entry["status"] == OK:
                 entry["peak_memory_mb"], entry["status"] = attempt(
-                    peak_memory_mb, partial(_both, mode, name, inputs, options), device
+                    peak_memory_mb, partial(_both, mode, name, inputs, options), device, provider=name
                 )
             if entry["status"] == OK:
                 passed[name] = entry
@@ -354,21 +359,23 @@ def _check_memory(cases):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = environment_of(args.device, args.command)
     in_lane = args.device.type == "cpu" and "triton" in args.backends
     timed = [name for name in args.backends if not (in_lane and name == "triton")]
-
-    rows = []
-    for case in progress(args.cases if timed else [], "attention"):
-        rows += timed_rows(case, timed, modes_of(case.scenario, args.mode), args.device, args.quick)
-    if in_lane:
-        rows += lane_rows([case for scenario in args.scenario for case in lane_cases(args, scenario)], args.mode)
     asked = {"scenario": args.scenario, "mode": args.mode, "dtype": args.dtype}
-    rows.sort(key=lambda r: [values.index(r[name]) for name, values in asked.items()] + [r["T_k"], r["T"], r["D"]])
-
-    print(f"{environment['device']}: H = {args.heads}, D = {args.head_dim}, {'full' if args.full else 'causal'}")
-    columns = {name: SHAPE + SCENARIO_COLUMNS.get(name, ()) + RESULT for name in args.scenario}
-    finish(args.out / "attention_sweep.json", environment, rows, columns=columns, by="scenario")
+    shape = f"H = {args.heads}, D = {args.head_dim}, {'full' if args.full else 'causal'}"
+    record = Record(
+        args,
+        title=f"{args.environment['device']}: {shape}",
+        columns={name: SHAPE + SCENARIO_COLUMNS.get(name, ()) + RESULT for name in args.scenario},
+        by="scenario",
+        order=lambda r: [values.index(r[name]) for name, values in asked.items()] + [r["T_k"], r["T"], r["D"]],
+    )
+    with record:
+        for case in record.missing(args.cases if timed else [], "attention"):
+            modes = modes_of(case.scenario, args.mode)
+            record.add_from(case, timed_rows, case, timed, modes, args.device, args.quick, record.lost)
+        for scenario in record.missing([f"{name} in its lanes" for name in args.scenario if in_lane], "lanes"):
+            record.add_from(scenario, lane_rows, lane_cases(args, scenario.split()[0]), args.mode)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ allocates above them; on a CPU it is counted, not measured: live tensors, withou
 from functools import partial
 from itertools import product
 
-from bench.lib.cli import Parser, UsageError, positive, progress
-from bench.lib.clock import attempt, measure, peak_memory_mb
+from bench.lib.cli import Parser, UsageError, positive
+from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
 from bench.lib.live_bytes import LiveBytes
 from bench.lib.providers import THEIRS, Provider, build, gate, refuse
-from bench.lib.record import NOT_MEASURED, cell, environment_of, finish, save, table
+from bench.lib.record import NOT_MEASURED, Record, cell, write
 from model import GPT2Config, attention_backends
 from model.attention.outside import add_import_option
 from model.config import PRESETS
@@ -47,7 +47,8 @@ QUICK = {
 # A CPU's step over these would take longer than all others together.
 LEFT_OUT_ON_CPU = {("training", B, T) for B, T in ((2, 512), (2, 1024), (4, 256), (4, 512), (4, 1024))}
 CPU_LIMIT_S = 3.0  # after so long on one case, no more than its second round
-COLUMNS = ("backend", "mode", "dtype", "B", "T", "median_ms", "p20_ms", "p80_ms", "peak_memory_mb", "error", "status")
+COLUMNS = ("backend", "mode", "dtype", "B", "T", "median_ms", "p20_ms", "p80_ms", "host_us")
+COLUMNS += ("peak_memory_mb", "error", "status")
 
 
 def cases(args):
@@ -61,33 +62,31 @@ def cases(args):
     ]
 
 
-def sweep(args):
-    """The rows of every mode, batch size and sequence length."""
-    ours = build(args.size, args.device, args.dtype)
-    providers = [Provider(name, ours) for name in args.pair]
-    judged = gate(providers, ours)
-    rows = []
-    for mode, B, T, is_left_out in progress(cases(args), "model sweep"):
-        entries = {}
-        for provider in providers:
-            error, status = judged[provider.name]
-            status = NOT_MEASURED if status == OK and is_left_out else status
-            entry = {"backend": provider.name, "mode": mode, "size": args.size, "dtype": args.dtype, "B": B, "T": T}
-            entry |= dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "peak_memory_mb"))
-            rows.append(entry | {"error": error, "lane": args.device.type, "status": status})
-            if status == OK:
-                entries[provider.name] = rows[-1]
-        for provider in providers:
-            if provider.name in entries:
-                entry = entries[provider.name]
-                peak = attempt(peak_with_weights_mb, provider, partial(getattr(provider, mode), B, T), args.device)
-                entry["peak_memory_mb"], entry["status"] = peak
-                if entry["status"] != OK:
-                    del entries[provider.name]
-        makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if p.name in entries}
-        on_cpu = {"limit_s": CPU_LIMIT_S, "is_warm": True} if args.device.type == "cpu" else {}
-        for name, timing in measure(makes, args.device, quick=args.quick, **on_cpu).items():
-            entries[name].update(timing)
+def rows_of(args, providers, judged, mode, B, T, is_left_out, lost=lambda name: None):
+    """The rows of one case. lost(name): why a provider must not run here, or None."""
+    rows, entries = [], {}
+    for provider in providers:
+        error, status = judged[provider.name]
+        status = NOT_MEASURED if status == OK and is_left_out else lost(provider.name) or status
+        entry = {"backend": provider.name, "mode": mode, "size": args.size, "dtype": args.dtype, "B": B, "T": T}
+        entry |= dict.fromkeys((*TIMES, "peak_memory_mb"))
+        rows.append(entry | {"error": error, "lane": args.device.type, "status": status})
+        if status == OK:
+            entries[provider.name] = rows[-1]
+    for provider in providers:
+        if provider.name in entries:
+            entry, name = entries[provider.name], provider.name
+            make = partial(getattr(provider, mode), B, T)
+            peak = attempt(peak_with_weights_mb, provider, make, args.device, provider=name)
+            entry["peak_memory_mb"], entry["status"] = peak
+            if entry["status"] != OK:
+                del entries[name]
+    makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if p.name in entries}
+    on_cpu = {"limit_s": CPU_LIMIT_S, "is_warm": True} if args.device.type == "cpu" else {}
+    # Gaps of the host are part of a model's time; what a graph could do, decoding does.
+    timings = measure(makes, args.device, quick=args.quick, ahead=False, graphs=False, **on_cpu)
+    for name, timing in timings.items():
+        entries[name].update(timing)
     return rows
 
 
@@ -180,17 +179,15 @@ def complete(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = environment_of(args.device, args.command)
-    rows = sweep(args)
-    text = markdown(rows, args.pair, environment)
-    (args.out / "model_sweep.md").write_text(text, encoding="utf-8")
-    path = args.out / "model_sweep.json"
-    if "inference" in args.mode:
-        finish(path, environment, rows, columns=COLUMNS)
-    else:  # no diagram
-        save(path, environment, rows)
-        print(f"{table(rows, COLUMNS)}\n\nwrote {path}")
-    print(f"wrote {args.out / 'model_sweep.md'}")
+    with Record(args, columns=COLUMNS, charts="inference" in args.mode) as record:
+        ours = build(args.size, args.device, args.dtype)
+        providers = [Provider(name, ours) for name in args.pair]
+        judged = gate(providers, ours)
+        for case in record.missing(cases(args), "model sweep"):
+            record.add_from(case, rows_of, args, providers, judged, *case, record.lost)
+            text = markdown(record.rows, args.pair, args.environment)
+            write(args.path.with_suffix(".md"), text)
+    print(f"wrote {args.path.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

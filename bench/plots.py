@@ -2,7 +2,8 @@
 
     python bench/plots.py out/attention_sweep.json
 
-draws, beside the file, each chart of CHARTS whose fields the file's rows have. It needs json, numpy and matplotlib, so
+draws, beside the file, each chart of CHARTS whose fields the file's rows have. A thin bar through a value goes from its
+20th to its 80th percentile; where they are far apart the chart says so. It needs json, numpy and matplotlib, so
 that results from another machine plot the same anywhere. A new bench adds its charts to CHARTS.
 """
 
@@ -14,9 +15,9 @@ from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
-from matplotlib.figure import Figure
 
 OK = "ok"
+SPREAD = 1.5  # p80 / p20 beyond it: something else used the machine
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,10 @@ def draw(path):
     drawn = [(chart, mine) for chart in CHARTS if (mine := chart.rows_of(rows))]
     if not drawn:
         raise ValueError(f"{path}: its rows have the fields of no chart in plots.CHARTS")
-    return [draw_chart(chart, environment, mine, path.with_name(chart.file)) for chart, mine in drawn]
+    # A quick run's charts must not take the place of a full sweep's either.
+    quick = "_quick" if path.stem.endswith("_quick") else ""
+    files = [path.with_name(f"{Path(chart.file).stem}{quick}.png") for chart, _ in drawn]
+    return [draw_chart(chart, environment, mine, file) for (chart, mine), file in zip(drawn, files)]
 
 
 def load(path):
@@ -199,6 +203,8 @@ def load(path):
 
 def draw_chart(chart, environment, rows, path):
     """Draws one chart as a PNG at `path`; returns the path."""
+    from matplotlib.figure import Figure  # a second to import, which benches with --no-charts do without
+
     baseline = _baseline(chart, rows)
     varying = [field for field in chart.facets if len({row[field] for row in rows}) > 1]
     panels = {}
@@ -266,6 +272,23 @@ def _curves(chart, rows, baseline):
     return curves
 
 
+def spread(row):
+    """p80 / p20 of a row, or None."""
+    return row["p80_ms"] / row["p20_ms"] if row.get("p20_ms") and row.get("p80_ms") else None
+
+
+def _draw_spreads(axis, chart, rows, curves, colours):
+    """A bar from the 20th to the 80th percentile through each value of lines."""
+    for row in rows:
+        xs, ys = curves.get(row[chart.series], ((), ()))
+        if row[chart.x] in xs and spread(row) and _measured(chart, row):
+            y = ys[xs.index(row[chart.x])]
+            is_time = chart.y == "median_ms" and not chart.relative_to
+            ratios = [row[p] / row["median_ms"] for p in ("p20_ms", "p80_ms")]
+            ends = [y * ratio if is_time else y / ratio for ratio in ratios]
+            axis.vlines(row[chart.x], min(ends), max(ends), color=colours[row[chart.series]], linewidth=1, alpha=0.7)
+
+
 def _draw_panel(axis, chart, rows, baseline, colours):
     curves = _curves(chart, rows, baseline)
     if not curves:
@@ -273,7 +296,7 @@ def _draw_panel(axis, chart, rows, baseline, colours):
         axis.set(xticks=[], yticks=[])
     if chart.kind == "bars":
         curves.pop(baseline, None)  # the line at 1
-    (_draw_bars if chart.kind == "bars" else _draw_lines)(axis, chart, curves, colours)
+    (_draw_bars if chart.kind == "bars" else _draw_lines)(axis, chart, curves, colours, rows)
     if baseline is not None:
         axis.axhline(1.0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axis.set_ylim(bottom=0)
@@ -290,7 +313,7 @@ def _draw_panel(axis, chart, rows, baseline, colours):
     axis.tick_params("x", labelsize=7.5 if chart.kind == "bars" else 8.5)
 
 
-def _draw_lines(axis, chart, curves, colours):
+def _draw_lines(axis, chart, curves, colours, rows):
     names = list(colours)
     ticks = sorted({x for xs, _ in curves.values() for x in xs})
     for name, (xs, ys) in curves.items():
@@ -305,6 +328,7 @@ def _draw_lines(axis, chart, curves, colours):
     top = max((max(ys) for _, ys in curves.values()), default=0.0)
     top = max(top, 1.0) if chart.relative_to else top
     axis.set_ylim(0, 1.08 * top or 1.0)
+    _draw_spreads(axis, chart, rows, curves, colours)
     _label_ends(axis, curves, colours)
 
 
@@ -333,12 +357,17 @@ def _label_ends(axis, curves, colours):
         )
 
 
-def _draw_bars(axis, chart, curves, colours):
+def _draw_bars(axis, chart, curves, colours, rows):
     groups = list(dict.fromkeys(x for xs, _ in curves.values() for x in xs))
     thickness = 0.8 / max(len(curves), 1)
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         places = [groups.index(x) + (i - (len(curves) - 1) / 2) * thickness for x in xs]
         bars = axis.bar(places, ys, 0.92 * thickness, color=colours[name], label=name, zorder=3)
+        for x, y, place in zip(xs, ys, places):
+            row = next(r for r in rows if (r[chart.series], r[chart.x]) == (name, x) and _measured(chart, r))
+            if spread(row):
+                ends = [y * row["median_ms"] / row[p] for p in ("p80_ms", "p20_ms")]
+                axis.vlines(place, *ends, color=INK, linewidth=1, zorder=4)
         axis.bar_label(bars, [f"{y:.3g}" for y in ys], fontsize=7.5, color=INK, padding=2)
     axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axis.margins(y=0.12)
@@ -366,11 +395,16 @@ def _notes(chart, rows):
         if not _measured(chart, row):
             reason = row["status"] if row.get("status", OK) != OK else "not measured"
             reason = "failed its correctness gate" if reason.startswith("failed") else reason
+            reason = "stopped with an error" if reason.startswith("error") else reason
             missing.setdefault(reason, {}).setdefault(row[chart.series], {})[row[chart.x]] = None
     notes = []
     for reason, names in missing.items():
         where = [f"{name} at {', '.join(_size(x) for x in xs)}" for name, xs in names.items()]
         notes += wrap(f"{'; '.join(where)} ({reason})", 95)
+    wide = [row for row in rows if _measured(chart, row) and (spread(row) or 1.0) > SPREAD]
+    if wide:
+        where = [f"{row[chart.series]} at {_size(row[chart.x])} ({spread(row):.1f})" for row in wide]
+        notes += wrap(f"disturbed, p80/p20 is above {SPREAD}: {', '.join(where)}", 95)
     return "\n".join(notes)
 
 

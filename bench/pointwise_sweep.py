@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.lib.cli import Parser, UsageError, progress
-from bench.lib.clock import attempt, measure, peak_memory_mb
+from bench.lib.cli import Parser, UsageError
+from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
 from bench.lib.gate import FORWARD_FACTOR, GRADIENT_FACTOR, OK, judge
 from bench.lib.lanes import DTYPES, rows_by_lane
-from bench.lib.record import environment_of, finish
+from bench.lib.record import Record
 from kernels import reference
 from kernels.simulator import simulate
 
@@ -48,8 +48,8 @@ SIZES = {
 }
 LANE_ROWS = 16  # with so many rows ours is checked on a machine without a GPU
 
-COLUMNS = ("op", "provider", "mode", "dtype", "M", "N", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "of_copy")
-COLUMNS += ("peak_memory_mb", "error", "lane", "status")
+COLUMNS = ("op", "provider", "mode", "dtype", "M", "N", "median_ms", "p20_ms", "p80_ms", "host_us", "graph_ms")
+COLUMNS += ("gb_per_s", "of_copy", "peak_memory_mb", "error", "lane", "status")
 
 
 def _eager_add_layer_norm(x, residual, weight, bias):
@@ -174,9 +174,9 @@ def expected(mode, case, inputs, gradients, dtype):
     return make_call(mode, function, *wide)()
 
 
-def check(mode, function, case, inputs, gradients):
+def check(mode, function, case, inputs, gradients, provider=None):
     """(error, status) of one provider."""
-    actual, status = attempt(lambda: make_call(mode, function, inputs, gradients)())
+    actual, status = attempt(lambda: make_call(mode, function, inputs, gradients)(), provider=provider)
     if status != OK:
         return None, status
     baseline = expected(mode, case, inputs, gradients, DTYPES[case.dtype])
@@ -190,7 +190,7 @@ def check(mode, function, case, inputs, gradients):
 
 def row(name, mode, case, lane):
     """A row in which nothing is measured yet."""
-    measured = ("median_ms", "p20_ms", "p80_ms", "gb_per_s", "of_copy", "peak_memory_mb", "error")
+    measured = (*TIMES, "gb_per_s", "of_copy", "peak_memory_mb", "error")
     shape = asdict(case)
     head = {"op": shape.pop("op"), "provider": name, "mode": mode}
     return {**head, **shape, **dict.fromkeys(measured), "lane": lane, "status": OK}
@@ -204,8 +204,11 @@ def copy_gb_per_s(device, quick):
     return 2 * x.numel() / timing["median_ms"] / 1e6
 
 
-def timed_rows(case, names, modes, device, copy, quick):
-    """The rows of one case: each provider checked, then those that passed timed against each other."""
+def timed_rows(case, names, modes, device, copy, quick, lost=lambda name: None):
+    """The rows of one case: each provider checked, then those that passed timed against each other.
+
+    lost(name): why a provider must not run here, or None.
+    """
     inputs, gradients = case.inputs(device)
     rows = []
     for mode in modes:
@@ -217,11 +220,14 @@ def timed_rows(case, names, modes, device, copy, quick):
             if reason is not None:
                 entry["status"] = f"not supported: {reason}"
                 continue
+            if lost(name) is not None:
+                entry["status"] = lost(name)
+                continue
             function = provider(name, case.op)
-            entry["error"], entry["status"] = check(mode, function, case, inputs, gradients)
+            entry["error"], entry["status"] = check(mode, function, case, inputs, gradients, name)
             if entry["status"] == OK:
                 both = partial(_both, mode, function, inputs, gradients)
-                entry["peak_memory_mb"], entry["status"] = attempt(peak_memory_mb, both, device)
+                entry["peak_memory_mb"], entry["status"] = attempt(peak_memory_mb, both, device, provider=name)
             if entry["status"] == OK:
                 passed[name], functions[name] = entry, function
         makes = {name: partial(make_call, mode, functions[name], inputs, gradients) for name in passed}
@@ -281,33 +287,33 @@ def complete(args):
             raise UsageError(f"--widths {N}: from 1 to 16384 is supported")
 
 
+def cases(args, rows=None):
+    rows_of_norms, rows_of_logits = SIZES[args.device.type, args.quick]
+    return [
+        Case(op, dtype, rows or (rows_of_logits if op == "cross_entropy" else rows_of_norms), N)
+        for op in args.ops
+        for dtype in args.dtype
+        for N in ((VOCABULARY,) if op == "cross_entropy" else args.widths)
+    ]
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = environment_of(args.device, args.command)
-    rows_of_norms, rows_of_logits = SIZES[args.device.type, args.quick]
-
-    def cases(rows=None):
-        return [
-            Case(op, dtype, rows or (rows_of_logits if op == "cross_entropy" else rows_of_norms), N)
-            for op in args.ops
-            for dtype in args.dtype
-            for N in ((VOCABULARY,) if op == "cross_entropy" else args.widths)
-        ]
-
     in_lane = args.device.type == "cpu" and "triton" in args.providers
     timed = [name for name in args.providers if not (in_lane and name == "triton")]
-    copy = environment["copy_gb_per_s"] = copy_gb_per_s(args.device, args.quick)
-    rows = []
-    for case in progress(cases(args.rows) if timed else [], "pointwise"):
-        rows += timed_rows(case, timed, args.mode, args.device, copy, args.quick)
-    if in_lane:
-        rows += lane_rows(cases(LANE_ROWS), args.mode)
-    rows.sort(
-        key=lambda r: (OPERATIONS.index(r["op"]), args.mode.index(r["mode"]), args.dtype.index(r["dtype"]), r["N"])
+    copy = args.environment["copy_gb_per_s"] = copy_gb_per_s(args.device, args.quick)
+    orders = {"op": OPERATIONS, "mode": args.mode, "dtype": args.dtype}
+    record = Record(
+        args,
+        title=f"{args.environment['device']}: a copy moves {copy:.4g} GB/s",
+        columns=COLUMNS,
+        order=lambda r: [values.index(r[name]) for name, values in orders.items()] + [r["N"]],
     )
-
-    print(f"{environment['device']}: a copy moves {copy:.4g} GB/s")
-    finish(args.out / "pointwise_sweep.json", environment, rows, columns=COLUMNS)
+    with record:
+        for case in record.missing(cases(args, args.rows) if timed else [], "pointwise"):
+            record.add_from(case, timed_rows, case, timed, args.mode, args.device, copy, args.quick, record.lost)
+        for lanes in record.missing(["in its lanes"] if in_lane else [], "lanes"):
+            record.add_from(lanes, lane_rows, cases(args, LANE_ROWS), args.mode)
 
 
 if __name__ == "__main__":

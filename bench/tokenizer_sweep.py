@@ -23,10 +23,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryDirectory
 
-from bench.lib.cli import Parser, UsageError, progress
+from bench.lib.cli import Parser, UsageError
 from bench.lib.clock import summary
 from bench.lib.gate import OK
-from bench.lib.record import environment_of, finish
+from bench.lib.record import Record
 from bench.lib.texts import TEXTS
 from tokenizer import GPT2Tokenizer
 
@@ -113,7 +113,7 @@ class HuggingFace:
 
 
 def main(argv=None):
-    parser = Parser("bench/tokenizer_sweep.py", __doc__, check)
+    parser = Parser("bench/tokenizer_sweep.py", __doc__, check, devices=("cpu",))
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="default: all")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument(
@@ -126,19 +126,27 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     rounds = args.rounds or (1 if args.quick else 3)
 
-    environment = environment_of("cpu", args.command) | {"versions": versions()}
-    tokenizer = GPT2Tokenizer.from_pretrained("gpt2")
-    providers = [Ours(tokenizer), Tiktoken(tokenizer), HuggingFace(tokenizer)]
-    rows = [start_row()]
-    for name in progress(args.texts, "texts"):
-        default = QUICK_MEGABYTES if args.quick else MEGABYTES.get(name, OTHER_MEGABYTES)
-        documents = cut(TEXTS[name](int((args.megabytes or default) * 1e6)))
-        reference = providers[1].encode(documents, 1)
-        for threads in args.threads:
-            rows += encode_rows(name, documents, reference, providers, threads, rounds)
-        if name == "english":
-            rows += decode_rows(name, documents, reference, providers, rounds)
-    finish(args.out / "tokenizer_sweep.json", environment, rows, columns=COLUMNS)
+    args.environment |= {"versions": versions()}
+    with Record(args, columns=COLUMNS) as record:
+        for case in record.missing(["start"], "start"):
+            record.add_from(case, lambda: [start_row()])
+        tokenizer = GPT2Tokenizer.from_pretrained("gpt2")
+        providers = [Ours(tokenizer), Tiktoken(tokenizer), HuggingFace(tokenizer)]
+        for name in record.missing(args.texts, "texts"):
+            record.add_from(name, text_rows, args, name, providers, rounds)
+
+
+def text_rows(args, name, providers, rounds):
+    """The rows of one text."""
+    default = QUICK_MEGABYTES if args.quick else MEGABYTES.get(name, OTHER_MEGABYTES)
+    documents = cut(TEXTS[name](int((args.megabytes or default) * 1e6)))
+    reference = providers[1].encode(documents, 1)
+    rows = []
+    for threads in args.threads:
+        rows += encode_rows(name, documents, reference, providers, threads, rounds)
+    if name == "english":
+        rows += decode_rows(name, documents, reference, providers, rounds)
+    return rows
 
 
 def check(args):

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from bench.lib.cli import Parser, UsageError, progress
-from bench.lib.clock import measure, summary
+from bench.lib.cli import Parser, UsageError
+from bench.lib.clock import TIMES, measure, summary
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
 from bench.lib.providers import NEW_TOKENS, THEIRS, Provider, build, gate, refuse
-from bench.lib.record import environment_of, finish
+from bench.lib.record import Record, progress
 from model import attention_backends
 from model.attention.outside import add_import_option
 from model.config import PRESETS
@@ -44,7 +44,7 @@ CASES = (
 QUICK = tuple({(mode, B, 32): ((mode, B, 32), clock) for (mode, B, _), clock in CASES}.values())
 IMPORTS = {"ours": "from model import GPT2", BASELINE: "from transformers import GPT2LMHeadModel"}
 IMPORT_ROUNDS = 8
-COLUMNS = ("case", "backend", "median_ms", "p20_ms", "p80_ms", "tokens_per_s", "speedup", "error", "status")
+COLUMNS = ("case", "backend", "median_ms", "p20_ms", "p80_ms", "host_us", "tokens_per_s", "speedup", "error", "status")
 
 
 def import_ms(statement):
@@ -70,38 +70,45 @@ def same_tokens(providers, dtype, B, T):
     return OK if dtype != "float32" or torch.equal(first, second) else "failed: other tokens than transformers"
 
 
-def sweep(args):
-    """The rows of every case, ours before transformers'."""
+def import_rows(args):
     rows = []
     for name, timing in import_timings(2 if args.quick else IMPORT_ROUNDS).items():
         name = args.backend if name == "ours" else name
         rows.append(row(args, "import", name, None, None) | {"mode": "import", "error": None, "status": OK} | timing)
-    ours = build(args.size, args.device, args.dtype)
-    providers = [Provider(name, ours) for name in (args.backend, BASELINE)]
-    judged = gate(providers, ours)
-    for (mode, B, T), (rounds, budget_ms) in progress(QUICK if args.quick else CASES, "against transformers"):
-        statuses = {name: status for name, (_, status) in judged.items()}
-        if mode == "generate" and statuses[args.backend] == OK:
-            statuses[args.backend] = same_tokens(providers, args.dtype, B, T)
-        makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if statuses[p.name] == OK}
-        clock = {"rounds": rounds, "budget_ms": budget_ms, "quick": args.quick, "is_warm": mode == "generate"}
-        timings = measure(makes, args.device, **clock)
-        new = {"generate": NEW_TOKENS, "decoding": 1}.get(mode)
-        for name, status in statuses.items():
-            timing = timings.get(name, summary([]) | {"status": status})
-            entry = row(args, f"{mode} B={B} T={T}", name, B, T) | {"mode": mode, "error": judged[name][0]} | timing
-            if new and entry["median_ms"]:
-                entry["tokens_per_s"] = 1e3 * B * new / entry["median_ms"]
-            rows.append(entry)
-    for ours, theirs in zip(rows[::2], rows[1::2]):
-        if ours["median_ms"] and theirs["median_ms"]:
-            ours["speedup"] = theirs["median_ms"] / ours["median_ms"]
+    return with_speedup(rows)
+
+
+def rows_of(args, providers, judged, mode, B, T, rounds, budget_ms, lost=lambda name: None):
+    """The rows of one case, ours before transformers'. lost(name): why a provider must not run here, or None."""
+    statuses = {name: lost(name) or status for name, (_, status) in judged.items()}
+    if mode == "generate" and statuses[args.backend] == OK:
+        statuses[args.backend] = same_tokens(providers, args.dtype, B, T)
+    makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if statuses[p.name] == OK}
+    clock = {"rounds": rounds, "budget_ms": budget_ms, "quick": args.quick, "is_warm": mode == "generate"}
+    # Gaps of the host are part of a model's time; what a graph could do, decoding does.
+    timings = measure(makes, args.device, ahead=False, graphs=False, **clock)
+    new = {"generate": NEW_TOKENS, "decoding": 1}.get(mode)
+    rows = []
+    for name, status in statuses.items():
+        entry = row(args, f"{mode} B={B} T={T}", name, B, T) | {"mode": mode, "error": judged[name][0]}
+        entry |= timings.get(name, {"status": status})
+        if new and entry["median_ms"]:
+            entry["tokens_per_s"] = 1e3 * B * new / entry["median_ms"]
+        rows.append(entry)
+    return with_speedup(rows)
+
+
+def with_speedup(rows):
+    ours, theirs = rows
+    if ours["median_ms"] and theirs["median_ms"]:
+        ours["speedup"] = theirs["median_ms"] / ours["median_ms"]
     return rows
 
 
 def row(args, case, backend, B, T):
     shared = {"size": args.size, "dtype": args.dtype, "lane": args.device.type}
-    return {"case": case, "backend": backend, "B": B, "T": T, "tokens_per_s": None, "speedup": None, **shared}
+    unmeasured = dict.fromkeys((*TIMES, "tokens_per_s", "speedup"))
+    return {"case": case, "backend": backend, "B": B, "T": T, **unmeasured, **shared}
 
 
 def parser():
@@ -127,8 +134,15 @@ def complete(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = environment_of(args.device, args.command)
-    finish(args.out / "transformers_sweep.json", environment, sweep(args), columns=COLUMNS)
+    with Record(args, columns=COLUMNS) as record:
+        for case in record.missing(["import"], "imports"):
+            record.add_from(case, import_rows, args)
+        ours = build(args.size, args.device, args.dtype)
+        providers = [Provider(name, ours) for name in (args.backend, BASELINE)]
+        judged = gate(providers, ours)
+        for case in record.missing(QUICK if args.quick else CASES, "against transformers"):
+            (mode, B, T), clock = case
+            record.add_from(case, rows_of, args, providers, judged, mode, B, T, *clock, record.lost)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,15 @@ from itertools import product
 from pathlib import Path
 from unittest import mock
 
-from triton.errors import TritonError
 from triton.runtime import driver
 
 from bench.attention_sweep import check, gates, make_call, refusal
 from bench.lib.attention_cases import Case
-from bench.lib.cli import Parser, UsageError, positive, progress
-from bench.lib.clock import Clock, measure, summary
+from bench.lib.cli import Parser, UsageError, positive
+from bench.lib.clock import TIMES, Clock, measure
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
-from bench.lib.record import environment_of, save, table, write
+from bench.lib.record import progress, save, table, write
 from kernels import configs
 from kernels.configs import ATTENTION, AttentionConfig, attention_config, family
 from kernels.library import active_arch
@@ -133,10 +132,9 @@ class Trial:
                 for inputs, gate in self.gates:
                     error, status = check(DIRECTIONS[direction][1], "triton", inputs, gate)
                     if status != OK:
-                        return error, status
+                        # An error: it needs more shared memory than there is, or the compiler gives up.
+                        return error, f"left out: {status}" if status.startswith("error") else status
                     worst = max(worst, error)
-        except TritonError as error:  # it needs more shared memory than there is, or the compiler gives up
-            return None, f"left out: {str(error).splitlines()[0]}"
         finally:
             self.use(direction, present)
         if self.spilled.get((direction, config)):
@@ -183,7 +181,7 @@ def tune(trial, direction, *, quick=False, clock=None):
     chosen = choose(present, final)
     shape = {"family": family(active_arch()), "direction": direction, "dtype": trial.dtype, "D": trial.head_dim}
     record = [
-        {**shape, **asdict(c), **summary([]), **row, **(timings | final).get(c, {}), "chosen": c == chosen}
+        {**shape, **asdict(c), **dict.fromkeys(TIMES), **row, **(timings | final).get(c, {}), "chosen": c == chosen}
         for c, row in rows.items()
     ]
     return chosen, record
@@ -301,9 +299,8 @@ def conclude(args, environment, name, chosen, record):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    environment = environment_of(args.device, args.command)
     chosen, record = tune_all(args, Clock(args.device))
-    conclude(args, environment, family(active_arch()), chosen, record)
+    conclude(args, args.environment, family(active_arch()), chosen, record)
 
 
 if __name__ == "__main__":

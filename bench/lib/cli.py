@@ -5,6 +5,7 @@ args = parser.parse_args(argv)
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -12,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+from bench.lib.record import KEPT, environment_of
 
 
 class UsageError(ValueError):
@@ -20,18 +22,25 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments that every bench has: --device, --quick, --out. A wrong one is one line and exit code 2.
+    """The arguments that every bench has. A wrong one is one line and exit code 2.
 
-    parse_args gives `device` as a torch.device, `out` as a directory proven writable, and `command`, as one would type
-    it. check(args), if given, raises UsageError; it runs before the output directory is made.
+    parse_args gives `device` as a torch.device, `out` as a directory proven writable, `command` as one would type it,
+    `environment` (see record.environment_of), `path`, where the rows go (one of its own for --quick, which must never
+    take the place of a full sweep), and `earlier`, the file that --resume goes on with, or None. check(args), if given,
+    raises UsageError; it runs before the output directory is made. name: of the file, if not the script's.
+    devices: to choose from, the default first.
     """
 
-    def __init__(self, script, description, check=None):
+    def __init__(self, script, description, check=None, name=None, devices=("auto", "cuda", "cpu")):
         super().__init__(prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.check = check
-        self.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if any")
+        self.check, self.name = check, name or Path(script).stem
+        self.add_argument(
+            "--device", choices=devices, default=devices[0], help="auto: a GPU if any; default: %(default)s"
+        )
         self.add_argument("--quick", action="store_true", help="few small shapes, few repeats: does it run?")
         self.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where files go (default: out)")
+        self.add_argument("--resume", action="store_true", help="go on with the file of an earlier run in --out")
+        self.add_argument("--no-charts", action="store_true", help="leave the charts to bench/plots.py")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -45,9 +54,43 @@ class Parser(argparse.ArgumentParser):
             if self.check is not None:
                 self.check(args)
             args.out = output_directory(args.out)
+            args.path = args.out / f"{self.name}{'_quick' if args.quick else ''}.json"
+            args.environment = environment_of(args.device, args.command)
+            args.earlier = earlier(args) if args.resume else None
         except UsageError as error:
             self.error(str(error))
         return args
+
+
+def earlier(args):
+    """What --resume goes on with: the data of args.path, or None where there is no such file.
+
+    UsageError: it is no result, or one of other code, another machine or other arguments.
+    """
+    if not args.path.exists():
+        return None
+    try:
+        data = json.loads(args.path.read_text(encoding="utf-8"))
+        theirs, ours = ({**d, "command": _essence(d["command"])} for d in (data["environment"], args.environment))
+        data = {key: data[key] for key in KEPT}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--resume: {args.path} is no result that can be gone on with: {error!r}") from None
+    for key in ("commit", "sources", "device", "torch", "triton", "command"):
+        if theirs.get(key) != ours.get(key):
+            raise UsageError(
+                f"--resume: {args.path} is of another {key}: {theirs.get(key)}, not {ours.get(key)}; "
+                "another --out is required"
+            )
+    return data
+
+
+def _essence(command):
+    """A command without what does not change its rows."""
+    parts = [part for part in shlex.split(command) if part not in ("--resume", "--no-charts")]
+    while "--out" in parts:
+        at = parts.index("--out")
+        del parts[at : at + 2]
+    return [part for part in parts if not part.startswith("--out=")]
 
 
 def resolve_device(name):
@@ -83,8 +126,3 @@ def output_directory(path):
     except OSError as error:
         raise UsageError(f"--out {path}: {error.strerror}; a directory that can be written is required") from None
     return path
-
-
-def progress(items, what):
-    """Iterates with a progress bar on stderr; silent where stderr is no terminal."""
-    return tqdm(items, desc=what, disable=None, leave=False)

@@ -21,7 +21,8 @@ from model.attention import registry as attention_registry
 ROOT = Path(sweep.__file__).parents[1]
 FIELDS = (
     "backend, mode, dtype, B, H, T, D, causal, T_k, padding, valid, dropout_p, scenario, checked, "
-    "median_ms, p20_ms, p80_ms, tflops, gb_per_s, peak_memory_mb, error, lane, status"
+    "median_ms, p20_ms, p80_ms, host_us, host_behind, graph_ms, graph_note, "
+    "tflops, gb_per_s, peak_memory_mb, error, lane, status"
 )
 CASE = sweep.Case("float32", B=2, H=2, T=33, D=16, causal=True)
 
@@ -41,16 +42,16 @@ def test_a_run_ends_with_the_table_and_its_files(quick_run):
     output, out = quick_run
     lines = output.splitlines()
     assert lines[1].split()[:3] == ["backend", "mode", "dtype"]
-    names = ("attention_sweep.json", "attention_speedup.png", "attention_throughput.png")
+    names = ("attention_sweep_quick.json", "attention_speedup_quick.png", "attention_throughput_quick.png")
     assert lines[-3:] == [f"wrote {out / name}" for name in names]
     assert sorted(os.listdir(out)) == sorted(names)
-    assert_chart(out / "attention_speedup.png")
-    assert_chart(out / "attention_throughput.png")
+    assert_chart(out / "attention_speedup_quick.png")
+    assert_chart(out / "attention_throughput_quick.png")
 
 
 def test_a_run_times_eager_and_sdpa_and_only_checks_triton(quick_run):
     _, out = quick_run
-    data = json.loads((out / "attention_sweep.json").read_text())
+    data = json.loads((out / "attention_sweep_quick.json").read_text())
     rows = data["rows"]
     assert all(list(row) == FIELDS.split(", ") for row in rows)
     assert {(row["backend"], row["mode"]) for row in rows} == {
@@ -71,7 +72,7 @@ def test_a_run_times_eager_and_sdpa_and_only_checks_triton(quick_run):
 
 def test_a_run_records_where_it_ran(quick_run):
     _, out = quick_run
-    environment = json.loads((out / "attention_sweep.json").read_text())["environment"]
+    environment = json.loads((out / "attention_sweep_quick.json").read_text())["environment"]
     assert {"device", "driver", "torch", "triton", "commit", "dirty", "command"} <= environment.keys()
     assert environment["command"].startswith("python bench/attention_sweep.py --quick --device cpu")
 
@@ -161,13 +162,23 @@ def test_out_of_memory_is_a_value_in_the_row(registry):
     assert rows[0]["median_ms"] is rows[0]["error"] is None
 
 
-def test_a_backends_own_error_is_not_hidden(registry):
+def test_a_backends_own_error_is_its_status_and_spares_the_others(registry):
     @register_attention("broken")
     def broken(q, k, v, **options):
         raise RuntimeError("illegal memory access")
 
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        sweep.timed_rows(CASE, ["broken"], ["forward"], torch.device("cpu"), quick=True)
+    rows = sweep.timed_rows(CASE, ["broken", "eager"], ["forward"], torch.device("cpu"), quick=True)
+    assert [row["status"] for row in rows] == ["error: RuntimeError: illegal memory access", "ok"]
+
+
+def test_what_lost_the_gpu_before_is_not_run_again(registry):
+    @register_attention("lethal")
+    def lethal(q, k, v, **options):
+        pytest.fail("called again")
+
+    known = {"lethal": "error: AcceleratorError: CUDA error: an illegal memory access was encountered"}
+    rows = sweep.timed_rows(CASE, ["lethal", "eager"], ["forward"], torch.device("cpu"), True, known.get)
+    assert [row["status"] for row in rows] == [known["lethal"], "ok"]
 
 
 def test_what_cannot_serve_a_shape_says_so_in_its_row(registry):
@@ -237,7 +248,7 @@ def test_a_run_of_every_scenario(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "measure", lambda makes, *_, **__: dict.fromkeys(makes, times))
     small = "--device cpu --quick --heads 1 --head-dim 16 --seq-lens 24 --batch 2 --backends eager sdpa"
     sweep.main([*small.split(), "--scenario", *SCENARIOS, "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "attention_sweep.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "attention_sweep_quick.json").read_text())["rows"]
     assert all(list(row) == FIELDS.split(", ") for row in rows)
     assert all(row["status"] == "ok" for row in rows)
     assert [scenario for scenario, _ in groupby(row["scenario"] for row in rows)] == list(SCENARIOS)
@@ -253,7 +264,7 @@ def test_a_run_of_every_scenario(capsys, tmp_path, monkeypatch):
         nothing = None if row["scenario"] != "decode" else 2 * 2 * 24 * 16 * 4 / 2.0 / 1e6
         assert row["gb_per_s"] == nothing
     charts = {"speedup", "throughput", "padding", "dropout", "decode", "head_dims"}
-    assert {path.name for path in tmp_path.glob("*.png")} == {f"attention_{name}.png" for name in charts}
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"attention_{name}_quick.png" for name in charts}
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend")]
     assert [("gb_per_s" in line, "valid" in line, "checked" in line) for line in tables] == [
         (False, False, False),
@@ -371,7 +382,7 @@ def test_backends_say_which_scenario_they_cannot_serve(registry):
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_times_the_kernel(tmp_path):
     sweep.main(["--device", "cuda", "--quick", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "attention_sweep.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "attention_sweep_quick.json").read_text())["rows"]
     assert {row["backend"] for row in rows} >= {"eager", "sdpa", "triton", "flex", *sweep.SDPA_KERNELS}
     for row in rows:
         if row["backend"] in ("eager", "sdpa", "triton"):

@@ -22,7 +22,7 @@ def tiny(monkeypatch):
 def test_a_sweep_writes_rows_tables_and_the_diagram(pair, tiny, tmp_path, capsys):
     arguments = ["--device", "cpu", "--quick", "--size", "tiny", "--pair", *pair, "--out", str(tmp_path)]
     model_sweep.main(arguments)
-    data = json.loads((tmp_path / "model_sweep.json").read_text())
+    data = json.loads((tmp_path / "model_sweep_quick.json").read_text())
     rows = data["rows"]
     assert data["environment"]["command"].startswith("python bench/model_sweep.py --device cpu --quick")
     assert {row["mode"] for row in rows} == set(model_sweep.MODES)
@@ -32,14 +32,14 @@ def test_a_sweep_writes_rows_tables_and_the_diagram(pair, tiny, tmp_path, capsys
         assert row["median_ms"] > 0
         assert row["error"] < 1e-4
         assert 0.1 < row["peak_memory_mb"] < 50
-    tables = (tmp_path / "model_sweep.md").read_text()
+    tables = (tmp_path / "model_sweep_quick.md").read_text()
     assert (
         f"| Batch size | Seq len | Time per batch ({pair[0]} - s) | Time per batch ({pair[1]} - s) | Speedup (%) |"
         in tables
     )
     assert f"| Per token latency {pair[0]} (ms) |" in tables
     assert "Peak memory is counted, not measured" in tables
-    assert (tmp_path / "model_inference.png").stat().st_size > 10_000
+    assert (tmp_path / "model_inference_quick.png").stat().st_size > 10_000
     assert "wrote" in capsys.readouterr().out
 
 
@@ -83,18 +83,18 @@ def test_what_a_cpu_leaves_out_are_points_of_the_page():
 
 def test_without_inference_there_is_no_diagram(tiny, tmp_path):
     model_sweep.main(["--device", "cpu", "--quick", "--size", "tiny", "--mode", "decoding", "--out", str(tmp_path)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_sweep.json", "model_sweep.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_sweep_quick.json", "model_sweep_quick.md"]
 
 
 def test_a_provider_that_computes_something_else_gets_no_time(tiny, tmp_path, monkeypatch):
     right = Provider.logits
     monkeypatch.setattr(Provider, "logits", lambda self, ids: right(self, ids) + (0.01 if self.name == "sdpa" else 0))
     model_sweep.main(["--device", "cpu", "--quick", "--size", "tiny", "--mode", "inference", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "model_sweep.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "model_sweep_quick.json").read_text())["rows"]
     for row in rows:
         assert (row["median_ms"] is None) == (row["backend"] == "sdpa")
         assert row["status"].startswith("failed: error of logits") == (row["backend"] == "sdpa")
-    assert "failed: error of logits" in (tmp_path / "model_sweep.md").read_text()
+    assert "failed: error of logits" in (tmp_path / "model_sweep_quick.md").read_text()
 
 
 def test_speedup_and_saving_are_the_pages():

@@ -44,14 +44,14 @@ def test_a_run_ends_with_the_table_and_its_files(quick_run):
     lines = output.splitlines()
     assert "a copy moves" in lines[0]
     assert lines[1].split()[:3] == ["op", "provider", "mode"]
-    names = ("pointwise_sweep.json", "pointwise_bandwidth.png")
+    names = ("pointwise_sweep_quick.json", "pointwise_bandwidth_quick.png")
     assert lines[-2:] == [f"wrote {out / name}" for name in names]
-    assert_chart(out / "pointwise_bandwidth.png")
+    assert_chart(out / "pointwise_bandwidth_quick.png")
 
 
 def test_a_run_times_eager_checks_ours_and_says_what_it_left_out(quick_run):
     _, out = quick_run
-    data = json.loads((out / "pointwise_sweep.json").read_text())
+    data = json.loads((out / "pointwise_sweep_quick.json").read_text())
     copy = data["environment"]["copy_gb_per_s"]
     assert copy > 0
     assert {(row["op"], row["mode"]) for row in data["rows"]} == {(o, m) for o in sweep.OPERATIONS for m in sweep.MODES}

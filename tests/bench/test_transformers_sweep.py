@@ -17,7 +17,7 @@ def tiny(monkeypatch):
 
 def rows_of(tmp_path):
     transformers_sweep.main(["--device", "cpu", "--quick", "--size", "tiny", "--out", str(tmp_path)])
-    return json.loads((tmp_path / "transformers_sweep.json").read_text())["rows"]
+    return json.loads((tmp_path / "transformers_sweep_quick.json").read_text())["rows"]
 
 
 def test_a_sweep_writes_rows_and_the_chart(tiny, tmp_path, capsys):
@@ -31,7 +31,7 @@ def test_a_sweep_writes_rows_and_the_chart(tiny, tmp_path, capsys):
         assert theirs["speedup"] is None
     generated = rows[-2]
     assert generated["tokens_per_s"] == 1e3 * 8 * model_providers.NEW_TOKENS / generated["median_ms"]
-    assert (tmp_path / "transformers_speedup.png").stat().st_size > 10_000
+    assert (tmp_path / "transformers_speedup_quick.png").stat().st_size > 10_000
     assert "tokens_per_s" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import tune
+from bench.lib.clock import Block
 from kernels import configs
 from kernels.configs import ATTENTION, AttentionConfig
 from kernels.simulator import simulate
@@ -98,7 +99,7 @@ class FakeClock:
     def block(self, make, budget_ms, is_warm=False):
         config = make()
         self.blocks.append((config, budget_ms))
-        return [self.times(config)]
+        return Block([self.times(config)])
 
 
 def test_a_row_is_tuned_in_two_rounds(monkeypatch):
@@ -162,7 +163,7 @@ def test_a_trial_says_why_a_candidate_is_left_out(trial, monkeypatch):
     assert status == "left out: 384 registers a thread for its accumulators alone, of 255"
 
     _, status = trial.check("forward", AttentionConfig(64, 128, 8, 8))
-    assert status.startswith("left out: out of resource: shared memory, Required: ")
+    assert status.startswith("left out: error: OutOfResources: out of resource: shared memory, Required: ")
 
     monkeypatch.setattr(tune, "check", lambda *_: (0.5, "failed: error of o is 5.0e-01, allowed 1.0e-02"))
     assert trial.check("forward", present) == (0.5, "failed: error of o is 5.0e-01, allowed 1.0e-02")
