@@ -7,11 +7,11 @@ import functools
 import json
 import warnings
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 
-from model.checkpoints.files import Source, replace_file
+from model.checkpoints.files import Source, read_json_object
+from model.checkpoints.saving import WEIGHTS_KEY, save_config
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -235,7 +235,7 @@ class GPT2Config:
         model_type = values.pop("model_type", "gpt2")
         if model_type != "gpt2":
             raise ValueError(f"GPT2Config: model_type is {model_type!r}; it must be 'gpt2'")
-        for key in ("transformers_version", "_name_or_path"):  # they describe who wrote the file, not the model
+        for key in ("transformers_version", "_name_or_path", WEIGHTS_KEY):  # they describe the files, not the model
             values.pop(key, None)
         if "n_positions" not in values and "max_position_embeddings" not in values and "n_ctx" in values:
             values["n_positions"] = values["n_ctx"]
@@ -250,13 +250,7 @@ class GPT2Config:
     @classmethod
     def from_json_file(cls, path, **overrides):
         """Reads a config.json. Raises ValueError if it is not a JSON object."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"GPT2Config.from_json_file: {path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"GPT2Config.from_json_file: {path} holds {type(values).__name__}; it must be an object")
-        return cls.from_dict(values, **overrides)
+        return cls.from_dict(read_json_object(path), **overrides)
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw):
@@ -275,7 +269,4 @@ class GPT2Config:
 
     def save_pretrained(self, directory):
         """Writes config.json into the directory, which is created if need be."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with replace_file(directory / "config.json") as path:
-            path.write_text(self.to_json_string(), encoding="utf-8")
+        save_config(directory, self.to_dict())

@@ -1,24 +1,23 @@
-"""The files of a checkpoint in Hugging Face's layout: where they come from, reading, writing.
+"""Reading the files of a checkpoint in Hugging Face's layout: where they come from, and what is refused.
 
-A checkpoint is a config.json beside one of: model.safetensors, model.safetensors.index.json and its shards,
-pytorch_model.bin, pytorch_model.bin.index.json and its shards; the first that exists is read.
+A checkpoint is a config.json beside the weights that it names, or else beside one of: model.safetensors,
+model.safetensors.index.json and its shards, pytorch_model.bin, pytorch_model.bin.index.json and its shards; the first
+that exists is read. A damaged file is a ValueError that names it and, where one is to blame, the tensor.
 """
 
 import json
 import os
 import pickle
-import re
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-_SINGLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
-_FORMATS = (_SINGLE, _SHARDED, "pytorch_model.bin", "pytorch_model.bin.index.json")
+from model.checkpoints.saving import CONFIG, FORMATS, WEIGHTS_KEY
+
 _STATE_DICTS = ("model", "state_dict", "model_state_dict")  # keys of a pickle that holds more than the weights
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_MOST_READS = 100  # of a directory that is saved to all the while
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,21 @@ class Source:
             raise FileNotFoundError(f"from_pretrained: {self._where()} holds no {filename}")
         return path
 
-    def weights(self):
-        """The first weights file that exists, in the order of the module's docstring."""
-        for filename in _FORMATS:
+    def weights(self, config):
+        """The weights file that config.json's values name, or the first that exists, as the module's docstring says."""
+        named = config.get(WEIGHTS_KEY)
+        if named is not None:
+            if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+                raise ValueError(
+                    f"from_pretrained: {CONFIG} of {self._where()} has {WEIGHTS_KEY} {named!r}; it must be the name of "
+                    "a safetensors file or of its index"
+                )
+            return self.require(_beside(named, CONFIG))
+        for filename in FORMATS:
             path = self.find(filename)
             if path is not None:
                 return path
-        raise FileNotFoundError(f"from_pretrained: {self._where()} holds none of {', '.join(_FORMATS)}")
+        raise FileNotFoundError(f"from_pretrained: {self._where()} holds none of {', '.join(FORMATS)}")
 
     def _where(self):
         if Path(self.name_or_path).is_dir():
@@ -85,40 +92,101 @@ class Source:
         return f"repository {str(self.name_or_path)!r} (or, offline, its cache)"
 
 
-def read_checkpoint(source):
-    """Every tensor of a checkpoint, by its name in the file; memory-mapped where the format allows it."""
-    path = source.weights()
+def read_checkpoint(source, *, needs_config=True):
+    """(the values of config.json, every tensor by its name in the file), both of one save, though another may go on.
+
+    Tensors are memory-mapped where the format allows it. needs_config: False takes {} where there is no config.json.
+    """
+    for _ in range(_MOST_READS):
+        path = source.require(CONFIG) if needs_config else source.find(CONFIG)
+        if path is None:
+            return {}, _read_weights(source, {})
+        with open(path, "rb") as file:  # held open, so that its inode number means this file
+            try:
+                config = read_json_object(path)
+                tensors = _read_weights(source, config)
+            except (ValueError, OSError):
+                if _is_still(file, path):
+                    raise
+            else:
+                if _is_still(file, path):
+                    return config, tensors
+    raise OSError(f"from_pretrained: {path} was replaced {_MOST_READS} times while its checkpoint was read")
+
+
+def _is_still(file, path):
+    """Whether the path leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def read_json_object(path):
+    """The object in a JSON file. Raises ValueError, naming the file, where there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"from_pretrained: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"from_pretrained: {path} holds {type(values).__name__}; it must be an object")
+    return values
+
+
+def _read_weights(source, config):
+    path = source.weights(config)
     if path.suffix != ".json":
         return read_tensors(path)
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"from_pretrained: {path} is not a shard index with a weight_map: {error!r}") from error
+    files = read_json_object(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"from_pretrained: {path} is not a shard index; it must have a weight_map of keys to files")
     tensors = {}
     for filename in sorted(set(files.values())):
-        if Path(filename).name != filename:
-            raise ValueError(f"from_pretrained: {path} names {filename!r}; a shard must lie beside its index")
-        shard = read_tensors(source.require(filename))
-        absent = [key for key, where in files.items() if where == filename and key not in shard]
+        shard = read_tensors(source.require(_beside(filename, path)))
+        promised = [key for key, where in files.items() if where == filename]
+        absent = [key for key in promised if key not in shard]
         if absent:
-            raise ValueError(f"from_pretrained: shard {filename} lacks {listed(absent)}, which its index promises")
+            raise ValueError(f"from_pretrained: shard {filename} lacks {listed(absent)}, which {path} promises")
+        foreign = sorted(shard.keys() - set(promised))
+        if foreign:
+            raise ValueError(
+                f"from_pretrained: shard {filename} holds {listed(foreign)}, which {path} does not place there"
+            )
         tensors.update(shard)
     return tensors
 
 
-def read_tensors(path):
-    """The tensors of one safetensors file, or of one pickle by torch.load(weights_only=True)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _beside(filename, path):
+    """A file's name, if it is one and not a way to elsewhere."""
+    if Path(filename).name != filename or filename in ("", ".", "..") or "\0" in filename or "\\" in filename:
+        raise ValueError(f"from_pretrained: {path} names {filename!r}; a weights file must lie beside it")
+    return filename
 
+
+def read_tensors(path):
+    """The tensors of one safetensors file, or of one pickle by torch.load(weights_only=True).
+
+    Each has storage of its own, or its own part of the file's. Raises ValueError for everything else.
+    """
     try:
         if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
             return load_file(path)
-        return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
-    except pickle.UnpicklingError as error:
+        tensors = _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path)))
+    except (MemoryError, PermissionError, FileNotFoundError):
+        raise
+    except pickle.UnpicklingError as error:  # whose text advises to trust the file
         raise ValueError(f"from_pretrained: {path} is damaged or holds more than tensors; not loaded") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"from_pretrained: {path} is truncated or damaged: {error}") from error
+    except Exception as error:  # the readers raise of a damaged file whatever they stumble over
+        raise ValueError(f"from_pretrained: {path} is truncated or damaged: {_first_line(error)}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"from_pretrained: {path} holds {type(tensors).__name__}; it must be a dict of tensors")
+    for key, tensor in tensors.items():
+        fault = _fault(key, tensor)
+        if fault:
+            raise ValueError(f"from_pretrained: {path}: {key!r} is {fault}; it must be a dense tensor of values")
+    return _apart(tensors)
 
 
 def _state_dict(loaded):
@@ -129,38 +197,42 @@ def _state_dict(loaded):
     return loaded
 
 
-def write_checkpoint(directory, tensors, max_shard_size=None):
-    """Writes tensors as model.safetensors, or as shards of at most max_shard_size with their index."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    plan = split_torch_state_dict_into_shards(
-        tensors, max_shard_size=total if max_shard_size is None else max_shard_size
-    )
-    for filename, keys in plan.filename_to_tensors.items():
-        with replace_file(directory / filename) as path:
-            save_file({key: tensors[key].contiguous() for key in keys}, path, metadata={"format": "pt"})
-    written = set(plan.filename_to_tensors)
-    if plan.is_sharded:
-        index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
-        with replace_file(directory / _SHARDED) as path:
-            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        written.add(_SHARDED)
-    for path in directory.iterdir():  # what an earlier save left would be read instead, or for nothing
-        if (path.name in _FORMATS or _SHARD.fullmatch(path.name)) and path.name not in written:
-            path.unlink()
+def _can_be_mapped(path):
+    """Whether a file is a zip whose members lie in it as they are; compressed bytes would be read as numbers."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
-@contextmanager
-def replace_file(path):
-    """Gives a temporary path beside `path`, renamed to it on success and removed on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _fault(key, tensor):
+    """What is wrong with an entry of a pickle, or None."""
+    if not isinstance(key, str):
+        return "no name"
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
+    if tensor.is_meta:
+        return "a tensor without values (meta)"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"of layout {tensor.layout}"
+    if tensor.is_quantized:
+        return "quantised"
+    return None
+
+
+def _apart(tensors):
+    """The same values, where no two tensors share memory and each lies in order: they become parameters, one by one."""
+    seen, apart = set(), {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if storage in seen else tensor.contiguous()
+        seen.add(storage)
+    return apart
+
+
+def _first_line(error):
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def listed(items, most=5):

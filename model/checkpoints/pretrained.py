@@ -8,13 +8,13 @@ import inspect
 import logging
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.checkpoints.files import Source, listed, read_checkpoint, write_checkpoint
+from model.checkpoints.files import Source, listed, read_checkpoint
+from model.checkpoints.saving import save_checkpoint
 from model.config import GPT2Config
 from model.layers.embeddings import TokenEmbeddings
 from model.layers.initialisation import init_weights
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # The causal mask that old checkpoints stored in each layer.
 _MASK_BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$")
+_LAYER = re.compile(r"(?:.*\.)?h\.(\d{1,9})\.")
 _HEADS = ("lm_head.", "multiple_choice_head.", "score.", "classifier.", "qa_outputs.")
 
 
@@ -133,25 +134,28 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         unknown = sorted(overrides.keys() - GPT2Config.names())
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained: unexpected argument {unknown[0]!r}")
-        config = copy.deepcopy(config) or GPT2Config.from_json_file(source.require("config.json"))
+        values, tensors = read_checkpoint(source, needs_config=config is None)
+        config = GPT2Config.from_dict(values) if config is None else copy.deepcopy(config)
         for key, value in overrides.items():
             setattr(config, key, value)
+        config.validate()
+        _check_layers(cls, config, tensors)
         with torch.device("meta"):
             model = cls(config, attn_implementation=attn_implementation)
         model.set_kernel_implementation(kernel_implementation)
         dtype = torch_dtype if torch_dtype is not None else dtype
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else replace(config, dtype=dtype).dtype
-        load_weights(model, read_checkpoint(source), dtype=dtype, strict=strict)
+        load_weights(model, tensors, dtype=dtype, strict=strict)
         model.config.dtype = model.dtype
         return model.eval()
 
     def save_pretrained(self, directory, *, max_shard_size=None):
         """Writes config.json and the weights as safetensors; other weights files there are removed.
 
+        At every instant the directory loads as what it held before, or as this model: model/checkpoints/saving.py.
         max_shard_size: bytes, or words such as "2GB": larger checkpoints are written as shards with an index.
         """
-        directory = Path(directory)
         self.config.architectures = [ARCHITECTURES.get(type(self).__name__, type(self).__name__)]
         self.config.dtype = self.dtype
         tensors, is_tied = _own_tensors(self)
@@ -164,12 +168,21 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
             )
         config = copy.copy(self.config)
         config.tie_word_embeddings = config.tie_word_embeddings if is_tied is None else is_tied
-        config.save_pretrained(directory)
-        write_checkpoint(directory, tensors, max_shard_size)
+        save_checkpoint(directory, config.to_dict(), tensors, max_shard_size)
 
 
 # What Hugging Face calls the classes whose name is not the same here.
 ARCHITECTURES = {"GPT2": "GPT2LMHeadModel"}
+
+
+def _check_layers(cls, config, tensors):
+    """Raises ValueError where the config and the weights are of different depth, before a model of it is built."""
+    layers = {int(found[1]) for found in map(_LAYER.match, tensors) if found}
+    if layers and max(layers) + 1 < config.n_layer:
+        raise ValueError(
+            f"{cls.__name__}.from_pretrained: n_layer is {config.n_layer}, but the weights end with "
+            f"h.{max(layers)}; the checkpoint lacks h.{max(layers) + 1} and what follows"
+        )
 
 
 def load_weights(model, tensors, *, dtype=None, strict=True):
@@ -188,15 +201,20 @@ def load_weights(model, tensors, *, dtype=None, strict=True):
         bare = key.removeprefix("transformer.")
         name = bare if bare.startswith(_HEADS) else prefix + bare
         if name in wanted:
+            if name in found:
+                raise ValueError(f"from_pretrained: the checkpoint holds {name} twice, with and without its prefix")
             found[name] = tensor
         elif not _MASK_BUFFER.search(key) and not bare.startswith(_HEADS):
             unexpected.append(key)
 
     if model.config.tie_word_embeddings and "lm_head.weight" in tensors:  # which may be the only one of the two names
         found.setdefault(prefix + "wte.weight", tensors["lm_head.weight"])
+    for key, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"from_pretrained: {key} is {tensor.dtype}; weights must be floating-point")
     embedding = found.get(prefix + "wte.weight")
     if tied in wanted and embedding is not None:
-        if not torch.equal(found.get(tied, embedding), embedding):
+        if not _equal(found.get(tied, embedding), embedding):
             raise ValueError(
                 f"from_pretrained: {tied} differs from wte.weight, but tie_word_embeddings is true; pass "
                 "tie_word_embeddings=False"
@@ -242,6 +260,11 @@ def _without_wrappers(tensors):
             break
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def _equal(a, b):
+    """Whether two tensors hold the same values; NaN is equal to NaN, so a model that diverged can be looked at."""
+    return a is b or torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def _initialised_head(model, dtype):

@@ -10,7 +10,6 @@ from peers import pair, spread, tiny_config
 from safetensors.torch import load_file, save_file
 
 from model import GPT2, GPT2Config, GPT2Model
-from model.checkpoints.files import replace_file
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -176,21 +175,6 @@ def test_a_save_replaces_what_an_earlier_one_left(ours, saved):
     assert not torch.equal(logits(GPT2.from_pretrained(saved)), first)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail():
-        with replace_file(path) as temporary:
-            temporary.write_text("half of the n")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert path.read_text() == "old"
-    assert files(tmp_path) == ["file"]
-
-
 class TestHub:
     """A cache directory as huggingface_hub lays it out, and no network."""
 
@@ -277,14 +261,14 @@ def test_damaged_shards_are_refused(ours, saved):
         GPT2.from_pretrained(saved)
     (saved / "kept").rename(shards[1])
     rewrite(saved, lambda tensors: dict(list(tensors.items())[1:]), shards[1].name)
-    with pytest.raises(ValueError, match=f"shard {shards[1].name} lacks .*, which its index promises"):
+    with pytest.raises(ValueError, match=f"shard {shards[1].name} lacks .*, which .*index.json promises"):
         GPT2.from_pretrained(saved)
     index = saved / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"wte.weight": "../config.json"}}))
-    with pytest.raises(ValueError, match="a shard must lie beside its index"):
+    with pytest.raises(ValueError, match=r"names '../config.json'; a weights file must lie beside it"):
         GPT2.from_pretrained(saved)
     index.write_text("{")
-    with pytest.raises(ValueError, match="not a shard index with a weight_map"):
+    with pytest.raises(ValueError, match=r"index\.json is not JSON"):
         GPT2.from_pretrained(saved)
 
 
