@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.lib.chips import CHIPS, SOURCES, bounds, resident_blocks
+from bench.lib.files import write_file
 from bench.lib.kernel_cases import CASES
 from bench.lib.record import environment_of
 from bench.lib.sass import inspect
@@ -166,7 +167,9 @@ def main(argv=None):
     print(render(rows, args.arch))
     if args.json:
         command = " ".join(["python", "bench/kernel_report.py", *(sys.argv[1:] if argv is None else argv)])
-        args.json.write_text(json.dumps({"environment": environment_of("cpu", command), "rows": rows}, indent=1) + "\n")
+        write_file(
+            args.json, json.dumps({"environment": environment_of("cpu", command), "rows": rows}, indent=1) + "\n"
+        )
         print(f"\nwrote {args.json}")
     if earlier is not None:
         print(f"\nagainst {args.against}:")

@@ -23,11 +23,12 @@ from itertools import product
 
 from bench.lib.cli import Parser, UsageError, positive
 from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
+from bench.lib.files import write_file
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
 from bench.lib.live_bytes import LiveBytes
 from bench.lib.providers import THEIRS, Provider, build, gate, refuse
-from bench.lib.record import NOT_MEASURED, Record, cell, write
+from bench.lib.record import NOT_MEASURED, Record, cell
 from model import GPT2Config, attention_backends
 from model.attention.outside import add_import_option
 from model.config import PRESETS
@@ -186,7 +187,7 @@ def main(argv=None):
         for case in record.missing(cases(args), "model sweep"):
             record.add_from(case, rows_of, args, providers, judged, *case, record.lost)
             text = markdown(record.rows, args.pair, args.environment)
-            write(args.path.with_suffix(".md"), text)
+            write_file(args.path.with_suffix(".md"), text)
     print(f"wrote {args.path.with_suffix('.md')}")
 
 

@@ -30,9 +30,10 @@ from bench.attention_sweep import check, gates, make_call, refusal
 from bench.lib.attention_cases import Case
 from bench.lib.cli import Parser, UsageError, positive
 from bench.lib.clock import TIMES, Clock, measure
+from bench.lib.files import write_file
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
-from bench.lib.record import progress, save, table, write
+from bench.lib.record import progress, save, table
 from kernels import configs
 from kernels.configs import ATTENTION, AttentionConfig, attention_config, family
 from kernels.library import active_arch
@@ -294,7 +295,7 @@ def conclude(args, environment, name, chosen, record):
     if args.dry_run:
         print("\n".join(line for key in chosen for line in with_notes(source, name, key)))
     else:
-        print(f"wrote {write(file, source)}")
+        print(f"wrote {write_file(file, source)}")
 
 
 def main(argv=None):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from bench import plots
 from bench.lib.clock import DeviceLost, attempt
+from bench.lib.files import write_file
 from bench.lib.gate import OK
 
 NOT_MEASURED = "not measured"
@@ -92,19 +93,7 @@ def _cpu_name():
 def save(path, environment, rows, **more):
     """Writes {"environment": ..., "rows": ..., and more} to `path`. Returns the path."""
     data = {"environment": environment, "rows": rows, **more}
-    return write(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
-def write(path, text):
-    """Writes `text` to `path` under a temporary name and renames it. Returns the path."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_file(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def cell(value):

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from whole import load_mark, marked
 
 from model import GPT2Config
-from model.checkpoints import atomic, saving
+from model.checkpoints import saving
 
 OLD, NEW = 2, 3
 TOUCHING = ("open", "fsync", "replace", "link", "unlink")  # the calls of `os` by which a save changes the disk
@@ -289,46 +288,3 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(ValueError, match='weights are on device "meta"; they hold no values'):
         marked(NEW).to("meta").save_pretrained(tmp_path)
     assert files(tmp_path) == ["file"]
-
-
-class TestOneFile:
-    def test_names_of_temporaries_are_never_the_same(self, tmp_path, monkeypatch):
-        names = []
-        replace = os.replace
-        monkeypatch.setattr(os, "replace", lambda a, b: (names.append(Path(a).name), replace(a, b)))
-        for _ in range(20):
-            atomic.write_file(tmp_path / "file", "text")
-        assert len(set(names)) == 20
-        assert all(atomic.TEMPORARY.fullmatch(name) for name in names)
-        assert files(tmp_path) == ["file"]
-
-    def test_nothing_is_written_through_a_link(self, tmp_path, monkeypatch):
-        (tmp_path / "victim").write_text("precious")
-        monkeypatch.setattr(atomic, "unused_name", lambda: "0" * 16)  # an attacker who guesses
-        (tmp_path / ".file.0000000000000000.tmp").symlink_to("victim")
-        with pytest.raises(FileExistsError):
-            atomic.write_file(tmp_path / "file", "text")
-        monkeypatch.undo()
-        (tmp_path / "file").symlink_to("victim")
-        atomic.write_file(tmp_path / "file", "text")
-        assert (tmp_path / "victim").read_text() == "precious"
-        assert not (tmp_path / "file").is_symlink()
-
-    def test_permissions_are_the_usual(self, tmp_path):
-        (tmp_path / "usual").write_text("")
-        atomic.write_file(tmp_path / "file", "text")
-        modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "file")]
-        assert modes[0] == modes[1]
-
-    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
-    def test_a_write_that_fails_leaves_the_old_file(self, error, tmp_path, monkeypatch):
-        path = atomic.write_file(tmp_path / "file", "old")
-
-        def fail(handle):
-            raise error
-
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(type(error)):
-            atomic.write_file(path, "new")
-        assert path.read_text() == "old"
-        assert files(tmp_path) == ["file"]
