@@ -2,6 +2,8 @@
 
 import torch
 
+from model.generation.checks import no_choice, refuse
+
 UNLIKELY = -1e9  # a log-probability that loses against every real one and can still be added to
 
 
@@ -37,7 +39,7 @@ def _sample(total, count, generators):
 
 
 def beam_search(
-    logits, step, reorder, ids, *, settings, max_length, eos, processors, warpers=(), generators=None, stops, fill
+    logits, step, reorder, ids, *, settings, max_length, eos, processors, warpers=(), generators=None, stops, fill, rows
 ):
     """The best sequences of each of B equally long prompts.
 
@@ -45,6 +47,7 @@ def beam_search(
     model's row r continue what row rows[r] was. ids [B, L]. Returns (sequences [B * R, at most max_length] filled with
     `fill`, scores [B * R]): log-probability divided by the length generated to the power of length_penalty.
 
+    rows: what the prompts are called in errors.
     generators: one for each prompt. With them the candidates of a step are drawn instead of being the best, by their
     log-probabilities after the warpers; these are also what is summed to the score.
     """
@@ -69,6 +72,10 @@ def beam_search(
         for warp in warpers:
             scores = warp(scores)
         total = (scores.view(B, N, V) + running_scores[:, :, None]).flatten(1)  # [B, N * V]
+        failed = no_choice(total)
+        if failed.any():
+            b = int(failed.int().argmax())
+            refuse(rows[b], length - L, logits[b * N])
         top = _sample(total, candidates, generators) if generators else total.topk(candidates).indices
         top_scores = total.gather(1, top)  # [B, candidates]
         beam, token = top // V, top % V

@@ -15,6 +15,7 @@ import torch
 
 from model.cache import KVCache
 from model.generation.beam import beam_search
+from model.generation.checks import ScoreCheck
 from model.generation.graph import GraphedSteps
 from model.generation.lookup import decode_with_lookup
 from model.generation.sampling import build_processors, build_warpers, draw, row_seeds, uniform_draws
@@ -32,6 +33,7 @@ class Decoding:
     model: torch.nn.Module
     settings: Settings
     prompts: list
+    width: int  # the column at which new tokens start
     budgets: list
     stops: Stops
     eos: list
@@ -56,7 +58,7 @@ class Decoding:
             self.cache.reorder(rows)
             logits = logits[rows.to(logits.device)]
 
-        R, steps, width = len(self.prompts), max(self.budgets), max(map(len, self.prompts))
+        R, steps, width = len(self.prompts), max(self.budgets), self.width
         device = logits.device
         ids = torch.full((R, width + steps), self.fill, device=device)  # prompts end, and new tokens start, at width
         for row, prompt in zip(ids, self.prompts):
@@ -71,9 +73,10 @@ class Decoding:
         budgets = torch.tensor(self.budgets, device=device)
         is_going = torch.ones(R, dtype=torch.bool, device=device)
         new_tokens = torch.zeros(R, dtype=torch.long, device=device)  # chosen for each row so far
+        check = ScoreCheck(R, device, settings.do_sample)
         kept_scores = []
         copies = self.output_scores or bool(self.processors)  # a graph's next logits stand where the last ones stood
-        self._stream(ids[0, :width])
+        self._stream(self.prompts[0])
 
         for step in range(steps):
             column = width + step
@@ -84,6 +87,10 @@ class Decoding:
                 scores = warp(scores)
             if self.output_scores:
                 kept_scores.append(scores)
+            check.see(scores, step, is_going)
+            asks = device.type == "cpu" or (step + 1) % SYNC_EVERY == 0 or step + 1 == steps
+            if asks:
+                check.ask(logits if device.type == "cpu" else None)
             token = draw(scores, uniform[:, step]) if settings.do_sample else scores.argmax(-1)
             token = token.masked_fill(~is_going, self.fill)
             ids[:, column] = token
@@ -95,7 +102,6 @@ class Decoding:
             else:
                 ended = self.stops(ids[:, : column + 1])
             is_going = is_going & ~ended & (budgets > step + 1)
-            asks = device.type == "cpu" or (step + 1) % SYNC_EVERY == 0
             if step + 1 == steps or (asks and not is_going.any()):
                 break
             logits = self.decode(ids, first, column + 1)
@@ -146,12 +152,12 @@ class Decoding:
         if settings.do_sample:
             generators = [torch.Generator().manual_seed(s) for s in row_seeds(seed, len(self.prompts), 1)]
             warpers = build_warpers(settings, at_least=max(2, 1 + len(self.eos)))  # so that one of them does not end
-        if len(set(map(len, self.prompts))) == 1:
-            groups = [(self.prompts, self.budgets[0], generators)]
-        else:
-            groups = [([p], budget, [g]) for p, budget, g in zip(self.prompts, self.budgets, generators)]
+        groups = [range(len(self.prompts))]
+        if len(set(map(len, self.prompts))) > 1:
+            groups = [[row] for row in groups[0]]
         found, scores = [], []
-        for prompts, budget, own in groups:
+        for rows in groups:
+            prompts, budget = [self.prompts[row] for row in rows], self.budgets[rows[0]]
             L = len(prompts[0])
             sequences, values = beam_search(
                 self.prefill(prompts).float(),
@@ -163,9 +169,10 @@ class Decoding:
                 eos=self.eos,
                 processors=build_processors(settings, L, self.eos, self.processors),
                 warpers=warpers,
-                generators=own if settings.do_sample else None,
+                generators=[generators[row] for row in rows] if settings.do_sample else None,
                 stops=self.stops,
                 fill=self.fill,
+                rows=rows,
             )
             found.extend((L, row) for row in sequences)
             scores.append(values)
@@ -204,7 +211,7 @@ class Decoding:
 
     def _align(self, found):
         """Rows of (the prompt's length, ids) as one tensor [R, L] in which new tokens start in one column."""
-        width, new = max(L for L, _ in found), max(len(row) - L for L, row in found)
+        width, new = self.width, max(len(row) - L for L, row in found)
         ids = torch.full((len(found), width + new), self.fill, device=found[0][1].device)
         for out, (L, row) in zip(ids, found):
             out[width - L : width - L + len(row)] = row

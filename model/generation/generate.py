@@ -39,7 +39,7 @@ class GenerationMixin:
         """Continues prompts: token ids [R, L], or a GenerateOutput if return_dict_in_generate.
 
         input_ids: [B, T] with an attention_mask if padded, on either side, or a list of lists of ids. Returned rows are
-        padded on the left, where they must be, so that new tokens start in one column: with pad_token_id, or eos.
+        padded on the left, where they must be, so that new tokens start in one column, at T: with pad_token_id, or eos.
         settings: max_length (a row's own, prompt included), max_new_tokens (20 if neither is given), min_length,
         min_new_tokens, do_sample, temperature, top_k (50), top_p, min_p, repetition_penalty, no_repeat_ngram_size,
         bad_words_ids, num_beams, num_return_sequences, length_penalty, early_stopping, use_cache, with Hugging Face's
@@ -66,7 +66,7 @@ class GenerationMixin:
             raise TypeError(f"generate: {str(error).removeprefix('Settings.__init__() ')}") from None
         eos = _as_list(self.config.eos_token_id if eos_token_id is None else eos_token_id)
         pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
-        prompts = self._prompts(input_ids, attention_mask, pad if pad not in eos else None)
+        prompts, width = self._prompts(input_ids, attention_mask, pad if pad not in eos else None)
         budgets = [settings.new_tokens(len(prompt), self.config.n_positions) for prompt in prompts]
         stops = Stops(eos, stop_strings, tokenizer, stopping_criteria)
         if streamer is not None and len(prompts) * settings.num_return_sequences * settings.num_beams > 1:
@@ -75,6 +75,7 @@ class GenerationMixin:
             self,
             settings,
             prompts,
+            width,
             budgets,
             stops,
             eos,
@@ -132,7 +133,7 @@ class GenerationMixin:
         return super().train(mode)
 
     def _prompts(self, input_ids, attention_mask, pad):
-        """The prompts as a list of ids [L], without padding."""
+        """(The prompts as a list of ids [L], without padding; how wide they came, padding included)."""
         if input_ids is None:
             if self.config.bos_token_id is None:
                 raise ValueError("generate: no input_ids, and the config has no bos_token_id to start from")
@@ -140,9 +141,9 @@ class GenerationMixin:
         if isinstance(input_ids, torch.Tensor):
             if input_ids.dim() != 2:
                 raise ValueError(f"generate: input_ids must be [B, T]; its shape is {tuple(input_ids.shape)}")
-            if attention_mask is None and pad is not None:
-                attention_mask = input_ids != pad
             rows = list(input_ids.to(self.device))
+            if attention_mask is None and pad is not None:
+                attention_mask = _between_pads(input_ids, pad)
             start, end = padding_bounds(attention_mask, *input_ids.shape)
             if start is not None:
                 rows = [row[a:b] for row, a, b in zip(rows, start.tolist(), end.tolist())]
@@ -152,7 +153,14 @@ class GenerationMixin:
             rows = [torch.as_tensor(row, dtype=torch.long, device=self.device) for row in input_ids]
         if not rows or not all(len(row) for row in rows):
             raise ValueError("generate: a prompt is empty; each needs at least one token")
-        return rows
+        width = input_ids.shape[1] if isinstance(input_ids, torch.Tensor) else max(map(len, rows))
+        return rows, width
+
+
+def _between_pads(ids, pad):
+    """The mask of ids [B, T] whose padding is what stands at either end; within a text `pad` is a token."""
+    is_text = ids != pad
+    return (is_text.cumsum(1) > 0) & (is_text.flip(1).cumsum(1).flip(1) > 0)
 
 
 def _as_list(token):

@@ -6,6 +6,8 @@ than one token's; the tokens that greedy decoding would have said anyway are kep
 
 import torch
 
+from model.generation.checks import no_choice, refuse
+
 LONGEST_MATCH = 3  # tokens of the text's end that are looked for earlier on
 
 
@@ -39,6 +41,8 @@ def decode_with_lookup(logits, run, cache, prompt, *, budget, draft_length, proc
         nonlocal end
         for process in processors:
             scores = process(ids[None, :end], scores)
+        if no_choice(scores)[0]:
+            refuse(0, end - start)
         ids[end] = scores[0].argmax()
         end += 1
         emit(ids[end - 1 : end])

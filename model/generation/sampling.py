@@ -153,4 +153,5 @@ def draw(scores, uniform):
     """The token of each row at which the cumulative probability passes uniform [R]."""
     cumulative = scores.double().softmax(-1).cumsum(-1)  # [R, V]
     # float32's largest number below 1, times the total, stays below the total: a token of probability 0 is never drawn.
-    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return token.clamp(max=scores.shape[-1] - 1)  # of NaN, which is refused a little later on a GPU

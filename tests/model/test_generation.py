@@ -6,6 +6,7 @@ import transformers
 from peers import TALKATIVE, pair, spread, tiny_config
 
 from model import GPT2, GPT2Config
+from model.generation.checks import ScoreCheck
 
 PROMPT = torch.tensor([[5, 17, 5, 80, 17, 5, 17], [9, 2, 33, 9, 2, 44, 9]])
 
@@ -73,6 +74,87 @@ def test_left_padding_is_transformers(models):
     assert torch.equal(
         out, theirs_say(theirs, PROMPT * mask, attention_mask=mask, max_new_tokens=24, repetition_penalty=1.2)
     )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_new_tokens_start_at_the_width_that_came(side, options, models):
+    """Regression: columns that every row padded were dropped, and out[:, ids.shape[1]:] lost tokens."""
+    ours, theirs = models
+    ids, mask = torch.zeros(2, 10, dtype=torch.long), torch.zeros(2, 10, dtype=torch.long)
+    text = slice(3, 10) if side == "left" else slice(0, 7)
+    ids[:, text], mask[:, text] = PROMPT, 1
+    out = ours.generate(ids, attention_mask=mask, max_new_tokens=5, eos_token_id=[], pad_token_id=0, **options)
+    plain = ours.generate(PROMPT, max_new_tokens=5, eos_token_id=[], pad_token_id=0, **options)
+    assert torch.equal(out[:, 10:], plain[:, 7:])
+    assert torch.equal(out[:, 3:10], PROMPT)
+    assert not out[:, :3].any()
+    if side == "left" and "prompt_lookup_num_tokens" not in options:
+        their = theirs_say(theirs, ids, attention_mask=mask, max_new_tokens=5, eos_token_id=100, **options)
+        assert torch.equal(out, their)
+
+
+def test_a_pad_token_within_a_text_is_text(models):
+    """Regression: "row 0 has a hole" for a tensor without a mask."""
+    ours, _ = models
+    options = {"max_new_tokens": 5, "eos_token_id": [], "pad_token_id": 0}
+    inside = ours.generate(torch.tensor([[5, 0, 6]]), **options)
+    assert torch.equal(inside, ours.generate([[5, 0, 6]], **options))
+    both = ours.generate(torch.tensor([[0, 5, 0, 6]]), **options)
+    assert torch.equal(both[:, 1:], inside)
+
+
+METHODS = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+class TestNothingToChoose:
+    """Regression: an id beyond the vocabulary, or 0, came back from NaN and from nothing but -inf."""
+
+    @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+    def test_nan_logits_are_refused(self, options):
+        model = spread(GPT2(tiny_config(), attn_implementation="sdpa")).eval()
+        with torch.no_grad():
+            model.transformer.wte.weight[33] = torch.nan  # as text in the second row; as logits in each
+        with pytest.raises(ValueError, match=r"generate: .*row 0 for new token 1.* NaN"):
+            model.generate(PROMPT, **options)
+
+    @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+    def test_a_row_without_a_token_is_refused(self, options, models):
+        def forbid(ids, scores):
+            return torch.where((ids[:, 0] == 9)[:, None] & (ids.shape[1] == 9), -torch.inf, scores)
+
+        with pytest.raises(ValueError, match=r"generate: .*row [01] .*new token 3"):
+            models[0].generate(PROMPT[[0, 1]], logits_processor=[forbid], max_new_tokens=6, eos_token_id=[], **options)
+
+    def test_a_row_that_has_ended_does_not_matter(self, models):
+        ours, _ = models
+        eos = [int(ours.generate(PROMPT, max_new_tokens=1, eos_token_id=[])[1, 7])]
+
+        def forbid(ids, scores):
+            return torch.where((ids[:, 0] == 9)[:, None] & (ids.shape[1] == 9), -torch.inf, scores)
+
+        options = {"max_new_tokens": 6, "eos_token_id": eos}
+        out = ours.generate(PROMPT, logits_processor=[forbid], **options)
+        assert torch.equal(out, ours.generate(PROMPT, **options))
+
+    def test_what_is_seen_between_two_looks_is_told(self):
+        """As on a GPU, which is asked every few steps alone."""
+        check = ScoreCheck(2, "cpu", is_sampling=False)
+        going = torch.tensor([True, True])
+        check.see(torch.zeros(2, 5), 0, going)
+        check.see(torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]), 1, going)
+        check.see(torch.full((2, 2), -torch.inf), 2, going)
+        with pytest.raises(ValueError, match="the scores of row 0 for new token 3 are NaN or all -inf"):
+            check.ask()
+        check.failed_at[0] = -1
+        with pytest.raises(ValueError, match="the scores of row 1 for new token 2 are NaN or all -inf"):
+            check.ask()
 
 
 BEAMS = {
