@@ -4,6 +4,8 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Para
 Face's, so state dicts transfer both ways. B rows, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,15 +17,9 @@ from model.generation.generate import GenerationMixin
 from model.inputs import check_shape, lookup, new_tokens, padding_bounds
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
-from model.layers.ops import (
-    activation,
-    add_layer_norm,
-    causal_lm_head_loss,
-    causal_lm_loss,
-    check_kernels_name,
-    layer_norm,
-    linear_activation,
-)
+from model.layers.norm import LayerNorm, add_norm
+from model.layers.observed import is_plain
+from model.layers.ops import activation, causal_lm_head_loss, causal_lm_loss, check_kernels_name, linear_activation
 from model.outputs import BaseModelOutput, CausalLMOutput
 
 
@@ -38,15 +34,21 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
         self.upcast = config.reorder_and_upcast_attn
-        self.attn_pdrop = config.attn_pdrop
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)  # its p is the backend's
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, backend, padding, cache, output_attentions):
+    def forward(self, x, **context):
+        """x [B, T, C] to (y [B, T, C], weights [B, H, T, T_k] or None); context: see Block.forward."""
+        y, weights = self.before_dropout(x, **context)
+        return self.resid_dropout(y), weights
+
+    def before_dropout(self, x, *, backend, padding, cache, output_attentions):
         options = {
             "backend": backend,
             "scale": self.scale,
-            "dropout_p": self.attn_pdrop if self.training else 0.0,
+            "dropout_p": active_p(self.attn_dropout),
             "upcast": self.upcast,
         }
         qkv = self.c_attn(x)  # [B, T, 3C]
@@ -63,38 +65,76 @@ class Attention(nn.Module):
         return self.c_proj(y), weights
 
 
+class Activation(nn.Module):
+    """The activation function that Hugging Face calls `name`."""
+
+    def __init__(self, name):
+        super().__init__()
+        activation(name)  # an unknown one is refused now
+        self.name = name
+
+    def forward(self, x):
+        return activation(self.name)(x)
+
+
 class MLP(nn.Module):
+    """Two linear layers, and an activation between them."""
+
+    kernel_implementation = "auto"
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = Conv1D(config.n_embd, config.inner_dim)
+        self.act = Activation(config.activation_function)
         self.c_proj = Conv1D(config.inner_dim, config.n_embd)
-        self.activation_function = config.activation_function
-        activation(self.activation_function)  # an unknown one is refused now
+        self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, kernels):
-        return self.c_proj(linear_activation(x, self.c_fc, self.activation_function, kernels))
+    def forward(self, x):
+        return self.dropout(self.before_dropout(x))
+
+    def before_dropout(self, x):
+        if is_plain(self.c_fc, Conv1D) and is_plain(self.act, Activation):
+            hidden = linear_activation(x, self.c_fc, self.act.name, self.kernel_implementation)
+        else:
+            hidden = self.act(self.c_fc(x))
+        return self.c_proj(hidden)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Each addition is made together with the norm that follows it, so a block takes its input's norm with its input, and
-    gives its output's norm, by the next block's ln_1 or the model's ln_f, with its output.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer_idx)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.resid_pdrop = config.resid_pdrop
 
-    def forward(self, x, y, next_norm, kernels, backend, padding, cache, output_attentions):
-        dropout_p = self.resid_pdrop if self.training else 0.0
-        attended, weights = self.attn(y, backend, padding, cache, output_attentions)
-        x, y = add_layer_norm(attended, x, self.ln_2, kernels, dropout_p)
-        x, y = add_layer_norm(self.mlp(y, kernels), x, next_norm, kernels, dropout_p)
+    def forward(self, x, *, attentions, **context):
+        """x [B, T, C] to x [B, T, C]; the attention weights, or None, are appended to the list `attentions`.
+
+        context: backend, its name; padding, the bounds of attention; cache, a KVCache or None; output_attentions.
+        """
+        x, _, weights = self.fused(x, self.ln_1(x), None, **context)
+        attentions.append(weights)
+        return x
+
+    def fused(self, x, y, next_norm, **context):
+        """As forward, given y = ln_1(x): (x, next_norm(x), weights). One kernel adds and computes the norm behind it.
+
+        What something observes, or what stands in a module's place, is called as a module.
+        """
+        attn, mlp = self.attn, self.mlp
+        if is_plain(attn, Attention) and is_plain(attn.resid_dropout, nn.Dropout):
+            update, weights = attn.before_dropout(y, **context)
+            y, x = add_norm(update, x, self.ln_2, active_p(attn.resid_dropout))
+        else:
+            update, weights = attn(y, **context)
+            y, x = add_norm(update, x, self.ln_2, 0.0)
+        if is_plain(mlp, MLP) and is_plain(mlp.dropout, nn.Dropout):
+            y, x = add_norm(mlp.before_dropout(y), x, next_norm, active_p(mlp.dropout))
+        else:
+            y, x = add_norm(mlp(y), x, next_norm, 0.0)
         return x, y, weights
 
 
@@ -115,7 +155,8 @@ class GPT2Model(PretrainedModel):
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.set_kernel_implementation(kernel_implementation)
         init_weights(self, config)
 
     def set_attn_implementation(self, name):
@@ -166,16 +207,27 @@ class GPT2Model(PretrainedModel):
         hidden_states, attentions = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             x = self._embed(input_ids, position_ids, token_type_ids, inputs_embeds, cache)  # [B, T, C]
-            kernels = self.kernel_implementation
-            norms = [*(block.ln_1 for block in self.h), self.ln_f]
-            y = layer_norm(x, norms[0], kernels)
-            for block, next_norm in zip(self.h, norms[1:]):
+            context = {
+                "backend": self.attn_implementation,
+                "padding": padding,
+                "cache": cache,
+                "output_attentions": output_attentions,
+            }
+            blocks, y = list(self.h), None  # y: the next norm of x, where the block before has computed it
+            for block, after in zip(blocks, [*blocks[1:], None]):
                 hidden_states.append(x)
-                arguments = (x, y, next_norm, kernels, self.attn_implementation, padding, cache, output_attentions)
-                x, y, weights = (
-                    block(*arguments) if checkpointing is None else checkpoint(block, *arguments, **checkpointing)
-                )
-                attentions.append(weights)
+                if is_plain(block, Block):
+                    next_norm = self.ln_f if after is None else after.ln_1 if is_plain(after, Block) else None
+                    run = partial(block.fused, **context)
+                    arguments = (x, block.ln_1(x) if y is None else y, next_norm)
+                    x, y, weights = (
+                        run(*arguments) if checkpointing is None else checkpoint(run, *arguments, **checkpointing)
+                    )
+                    attentions.append(weights)
+                else:
+                    run = partial(block, attentions=attentions, **context)
+                    x, y = run(x) if checkpointing is None else checkpoint(run, x, **checkpointing), None
+            y = self.ln_f(x) if y is None else y
             hidden_states.append(y)
         if cache is not None:
             cache.advance(padding["counts"])
@@ -184,7 +236,7 @@ class GPT2Model(PretrainedModel):
             last_hidden_state=y,
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=tuple(attentions[: len(blocks)]) if output_attentions else None,
         )
         return output if _default(return_dict, config.return_dict) else output.to_tuple()
 
@@ -213,7 +265,10 @@ class GPT2Model(PretrainedModel):
             positions = lookup(self.wpe, position_ids, "position_ids", "n_positions")  # [B or 1, T, C]
         elif cache is None or cache.is_uniform:
             first = 0 if cache is None else cache.get_seq_length()
-            positions = self.wpe.weight[first : first + T]  # [T, C], a view
+            if is_plain(self.wpe, nn.Embedding):
+                positions = self.wpe.weight[first : first + T]  # [T, C], a view
+            else:
+                positions = self.wpe(torch.arange(first, first + T, device=self.device)[None])  # [1, T, C]
         else:
             positions = self.wpe(cache.positions(T))  # [B, T, C]
         x = inputs_embeds + positions
@@ -302,6 +357,8 @@ class GPT2(GenerationMixin, PretrainedModel):
         if labels is not None:
             if return_logits:
                 loss = causal_lm_loss(logits, labels, kernels)
+            elif not is_plain(self.lm_head, Head):
+                loss = causal_lm_loss(self.lm_head(x), labels, kernels)
             else:
                 loss = causal_lm_head_loss(x, self.lm_head.weight, labels, kernels)
         output = CausalLMOutput(
@@ -320,6 +377,11 @@ GPT2LMHeadModel = GPT2
 def _compute_dtype(model):
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+
+def active_p(dropout):
+    """The probability with which a module nn.Dropout drops now."""
+    return dropout.p if dropout.training else 0.0
 
 
 def _default(given, otherwise):

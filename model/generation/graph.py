@@ -40,7 +40,10 @@ def refusal(model, settings):
         (settings.prompt_lookup_num_tokens > 0, "prompt lookup feeds several tokens at once"),
         (model.training, "the model is in training mode"),
         (torch.is_autocast_enabled(device.type), "autocast is on"),
-        (any(map(_has_hooks, model.modules())), "a module has forward hooks, which run on the host"),
+        (
+            any(map(_is_watched, model.modules())),
+            "a module has forward hooks or another forward, which run on the host",
+        ),
         (not backend.capturable, f"attention backend {backend.name!r} is not declared capturable"),
         (cannot is not None, f"attention backend {backend.name!r} does not support {cannot}"),
     ):
@@ -157,7 +160,10 @@ class DecodeGraphs:
 
     def take(self, model, B, capacity):
         """(key, graph), captured if none is kept; the graph is None if its capture failed, now or before."""
-        weights = _addresses(model)
+        weights = (
+            *_addresses(model),
+            *model.modules(),
+        )  # the modules too: one without weights may take another's place
         self.kept = {key: graph for key, graph in self.kept.items() if key[0] == weights}
         kernels, name = model.transformer.kernel_implementation, model.transformer.attn_implementation
         key = (weights, kernels, name, B, capacity)
@@ -238,5 +244,5 @@ def _addresses(model):
     return tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in tensors)
 
 
-def _has_hooks(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_watched(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -58,14 +58,17 @@ def layer_norm(x, norm, kernels):
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def add_layer_norm(update, x, norm, kernels, dropout_p):
-    """(sum, y): sum = x + dropout(update), and y its LayerNorm by the module `norm`."""
+def add_layer_norm(x, residual, norm, kernels, dropout_p):
+    """(y, sum) for sum = residual + dropout(x), and y its LayerNorm by the module `norm`."""
     if _use_triton(kernels, x):
-        y, x = fused_add_layer_norm(update, x, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p)
-    else:
-        x = x + F.dropout(update, dropout_p)
-        y = layer_norm(x, norm, kernels)
-    return x, y
+        return fused_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p)
+    total = add(x, residual, dropout_p)
+    return layer_norm(total, norm, kernels), total
+
+
+def add(x, residual, dropout_p):
+    """residual + dropout(x)."""
+    return residual + (F.dropout(x, dropout_p) if dropout_p else x)
 
 
 def linear_activation(x, linear, name, kernels):

@@ -331,6 +331,13 @@ class TestWhatIsKept:
         assert_says_the_same(model.double(), UNIFORM, max_new_tokens=4)
         assert len(captures) == 3
 
+    def test_a_module_without_weights_that_was_replaced_is_seen(self, captures, model):
+        """A graph was found by its weights alone, and went on with the old activation."""
+        before = say(model, UNIFORM)
+        model.transformer.h[0].mlp.act = torch.nn.Sigmoid()
+        after = assert_says_the_same(model, UNIFORM, max_new_tokens=12)
+        assert not torch.equal(after.sequences, before.sequences)
+
     def test_a_graph_for_each_backend(self, captures, model):
         for name in ("sdpa", "eager", "sdpa"):
             model.set_attn_implementation(name)
@@ -410,7 +417,7 @@ class TestFallingBack:
             say(model, UNIFORM)
         assert [reason.rpartition(": ")[2] for reason in self.said(caplog)] == [
             "the model is in training mode",
-            "a module has forward hooks, which run on the host",
+            "a module has forward hooks or another forward, which run on the host",
             "autocast is on",
         ]
         say(model, UNIFORM, cuda_graph=False)

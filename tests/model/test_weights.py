@@ -134,7 +134,7 @@ def test_dtype_is_the_configs_or_the_files_or_the_callers(ours, saved):
 def test_arguments_reach_the_model_and_the_config(saved):
     model = GPT2.from_pretrained(saved, attn_implementation="eager", attn_pdrop=0.5, output_hidden_states=True)
     assert model.transformer.attn_implementation == "eager"
-    assert model.transformer.h[2].attn.attn_pdrop == 0.5
+    assert model.transformer.h[2].attn.attn_dropout.p == 0.5
     assert len(model(IDS).hidden_states) == 4
     with pytest.raises(TypeError, match="unexpected argument 'device_map'"):
         GPT2.from_pretrained(saved, device_map="auto")

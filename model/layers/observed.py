@@ -1,0 +1,15 @@
+"""Whether anybody looks at a module: then it is called as one, and nothing of it is fused with its neighbours."""
+
+from torch.nn.modules import module as torch_module
+
+
+def is_plain(module, kind):
+    """Whether calling `module` does what the class `kind` defines and nothing else: no hooks, no forward of its own."""
+    return (
+        type(module) is kind
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and "forward" not in module.__dict__
+        and not torch_module._has_any_global_hook()
+    )
