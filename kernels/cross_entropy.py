@@ -3,129 +3,75 @@
     loss   = log sum_j exp(x_j) - x_target = (m - x_target) + log l,   m = max_j x_j,  l = sum_j exp(x_j - m)
     dx_j   = (exp(x_j - m) / l - [j = target]) dloss                  0 in a row whose target is ignore_index
 
-One program takes one row. Each of its threads keeps a maximum and a sum of its own over the columns that it visits, 16
-bytes at a time where rows are aligned, and the threads meet once, at the end of the row (online softmax: Milakov and
-Gimelshein, 2018). m and l are kept apart for backward: their combination, log l + m, has lost the digits of log l where
-logits are large. Everything is fp32 in registers.
+and with label smoothing, a softcap, z-loss and class weights as logits.py derives. One program takes one row. Each of
+its threads keeps a maximum and a sum of its own over the columns that it visits, 16 bytes at a time where rows are
+aligned, and the threads meet once, at the end of the row (online softmax: Milakov and Gimelshein, 2018). m and l are
+kept apart for backward: their combination, log l + m, has lost the digits of log l where logits are large. Everything
+is fp32 in registers.
 
 Bytes, least, for M rows of V columns of e bytes: forward M V e, backward 2 M V e (read, and written in place if the
-caller allows), and 8 M for targets, 8 M for m and l, 4 M for the losses. With the gradient taken in the forward pass
-(linear_cross_entropy.py) the row is read a second time, from L2. FLOPs: about 5 an element each way, one of them exp2.
+caller allows), and 8 M for targets (16 M for the mean), 8 M for m and l, 4 M for the losses. With the gradient taken in
+the forward pass (linear_cross_entropy.py) the row is read a second time, from L2. FLOPs: about 5 an element each way,
+one of them exp2.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_device, check_dtype, refuse_second_derivative
+from kernels.checks import FLOATS, check_device, check_dtype, refuse_second_derivative
 from kernels.configs import vocabulary_config
-from kernels.library import LN2, LOG2E, define_op, device_of
+from kernels.library import define_op, device_of
+from kernels.logits import _capped, _row_loss, _row_statistics, _target_weight, _write_gradient, _write_zeros
 from kernels.rows import as_rows
 
 REDUCTIONS = ("none", "sum", "mean")
 
-_LN2 = tl.constexpr(LN2)
-_LOG2E = tl.constexpr(LOG2E)
+
+class LossOptions(NamedTuple):
+    """What shapes the loss beside the logits, in the ops' order; softcap is 0 where there is none."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    lse_square_scale: float = 0.0
 
 
-@triton.jit
-def _columns(UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns of one tile, [UNROLL, LANES, VEC]: VEC neighbours for each thread, UNROLL times; reductions over the
-    first and the last axis stay inside a thread."""
-    u = tl.arange(0, UNROLL)[:, None, None]
-    lane = tl.arange(0, LANES)[None, :, None]
-    return (u * LANES + lane) * VEC + tl.arange(0, VEC)[None, None, :]
-
-
-@triton.jit
-def _accumulate(m_i, l_i, x):
-    """Takes x [UNROLL, LANES, VEC] fp32 into the maximum m_i and the sum l_i of exp(x - m_i), both [LANES]."""
-    m_new = tl.maximum(m_i, tl.max(tl.max(x, 2), 0))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a thread may have seen nothing but -inf
-    p = tl.exp2((x - shift[None, :, None]) * _LOG2E)
-    return m_new, l_i * tl.exp2((m_i - shift) * _LOG2E) + tl.sum(tl.sum(p, 2), 0)
-
-
-@triton.jit
-def _row_statistics(row_ptr, V: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """m and l of a row of V logits."""
-    BLOCK: tl.constexpr = UNROLL * LANES * VEC
-    columns = _columns(UNROLL, LANES, VEC)
-    m_i = tl.full([LANES], float("-inf"), tl.float32)
-    l_i = tl.zeros([LANES], tl.float32)
-    for start in tl.range(0, V - BLOCK + 1, BLOCK):
-        x = tl.load(row_ptr + start + columns)  # [UNROLL, LANES, VEC]
-        m_i, l_i = _accumulate(m_i, l_i, x.to(tl.float32))
-    if V % BLOCK:
-        offs = V // BLOCK * BLOCK + columns
-        x = tl.load(row_ptr + offs, mask=offs < V, other=float("-inf"))  # [UNROLL, LANES, VEC]
-        m_i, l_i = _accumulate(m_i, l_i, x.to(tl.float32))
-    m = tl.max(m_i, 0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    return m, tl.sum(l_i * tl.exp2((m_i - m) * _LOG2E), 0)
-
-
-@triton.jit
-def _gradient_tile(x, offs, target, m, factor, scale):
-    """(exp(x - m) factor - [offs = target] scale), for factor = scale / l."""
-    p = tl.exp2((x.to(tl.float32) - m) * _LOG2E) * factor
-    return tl.where(offs == target, p - scale, p)
-
-
-@triton.jit
-def _write_gradient(
-    row_ptr,
-    gradient_ptr,
-    target,
-    m,
-    l,
-    scale,
-    V: tl.constexpr,
-    UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """Stores the row's gradient times scale; gradient_ptr may be row_ptr."""
-    BLOCK: tl.constexpr = UNROLL * LANES * VEC
-    columns = _columns(UNROLL, LANES, VEC)
-    dtype: tl.constexpr = gradient_ptr.dtype.element_ty
-    factor = scale / l
-    for start in tl.range(0, V - BLOCK + 1, BLOCK):
-        offs = start + columns
-        x = tl.load(row_ptr + offs)  # [UNROLL, LANES, VEC]
-        tl.store(gradient_ptr + offs, _gradient_tile(x, offs, target, m, factor, scale).to(dtype))
-    if V % BLOCK:
-        offs = V // BLOCK * BLOCK + columns
-        x = tl.load(row_ptr + offs, mask=offs < V, other=0.0)  # [UNROLL, LANES, VEC]
-        tl.store(gradient_ptr + offs, _gradient_tile(x, offs, target, m, factor, scale).to(dtype), mask=offs < V)
-
-
-@triton.jit
-def _write_zeros(gradient_ptr, V: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """A row of zeros."""
-    zeros = tl.zeros([UNROLL, LANES, VEC], gradient_ptr.dtype.element_ty)
-    for start in tl.range(0, V, UNROLL * LANES * VEC):
-        offs = start + _columns(UNROLL, LANES, VEC)
-        tl.store(gradient_ptr + offs, zeros, mask=offs < V)
+OPTIONS_SCHEMA = "int ignore_index, float label_smoothing, float softcap, float lse_square_scale"
 
 
 @triton.jit
 def _cross_entropy_forward_kernel(
     logits_ptr,
     target_ptr,
+    class_weight_ptr,
+    total_weight_ptr,
+    counts_ptr,
+    dloss_ptr,
     loss_ptr,
     m_ptr,
     l_ptr,
     stride_logits,
     stride_target,
+    stride_dloss,
     ignore_index,
+    label_smoothing,
+    softcap,
+    lse_square_scale,
     V: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """A row's loss, m and l; with GRADIENT its gradient takes the place of the row, and m and l are not stored."""
+    """A row's loss, and m and l where they are asked for; with GRADIENT the row's gradient, times its dloss where there
+    is one, takes the row's place."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits
     target = tl.load(target_ptr + row * stride_target)
@@ -134,26 +80,90 @@ def _cross_entropy_forward_kernel(
     l = 1.0
     if target != ignore_index:
         # A target outside the row gives NaN and reads nothing.
-        x_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
-        m, l = _row_statistics(row_ptr, V, UNROLL, LANES, VEC)
-        loss = m - x_target + tl.log2(l) * _LN2
+        z_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < V), other=float("nan"))
+        x_target = _capped(z_target, softcap, HAS_SOFTCAP)
+        anchor = tl.where(tl.abs(x_target) < float("inf"), x_target, 0.0)
+        m, l, d = _row_statistics(
+            row_ptr, class_weight_ptr, anchor, softcap, V, UNROLL, LANES, VEC, HAS_SOFTCAP, HAS_SMOOTHING
+        )
+        w_target = _target_weight(class_weight_ptr, target, V)
+        ratio, total_weight = _weight_sums(class_weight_ptr, total_weight_ptr, counts_ptr, V)
+        loss = _row_loss(
+            x_target,
+            anchor,
+            w_target,
+            m,
+            l,
+            d,
+            ratio,
+            total_weight,
+            label_smoothing,
+            lse_square_scale,
+            V,
+            HAS_SMOOTHING,
+            HAS_Z_LOSS,
+        )
         if GRADIENT:
+            scale = 1.0
+            if dloss_ptr is not None:
+                scale = tl.load(dloss_ptr + row * stride_dloss)
             tl.debug_barrier()  # x_target is read before it is overwritten
-            _write_gradient(row_ptr, row_ptr, target, m, l, 1.0, V, UNROLL, LANES, VEC)
+            _write_gradient(
+                row_ptr,
+                row_ptr,
+                class_weight_ptr,
+                target,
+                w_target,
+                m,
+                l,
+                _finite(ratio),
+                total_weight,
+                scale,
+                label_smoothing,
+                softcap,
+                lse_square_scale,
+                V,
+                UNROLL,
+                LANES,
+                VEC,
+                HAS_SOFTCAP,
+                HAS_SMOOTHING,
+                HAS_Z_LOSS,
+            )
     elif GRADIENT:
         _write_zeros(row_ptr, V, UNROLL, LANES, VEC)
     tl.store(loss_ptr + row, loss)
-    if not GRADIENT:
+    if m_ptr is not None:
         tl.store(m_ptr + row, m)
         tl.store(l_ptr + row, l)
 
 
 @triton.jit
+def _weight_sums(class_weight_ptr, total_weight_ptr, counts_ptr, V: tl.constexpr):
+    """ratio and sum_j w_j: see logits.py."""
+    ratio = 1.0
+    total_weight = 1.0 * V
+    if class_weight_ptr is not None:
+        total_weight = tl.load(total_weight_ptr)
+        if counts_ptr is not None:
+            ratio = tl.load(counts_ptr + 1)
+    return ratio, total_weight
+
+
+@triton.jit
+def _finite(ratio):
+    """Gradients are 0, not NaN, where all targets weigh nothing."""
+    return tl.where(tl.abs(ratio) < float("inf"), ratio, 0.0)
+
+
+@triton.jit
 def _cross_entropy_backward_kernel(
     dloss_ptr,
-    scale_ptr,
+    counts_ptr,
     logits_ptr,
     target_ptr,
+    class_weight_ptr,
+    total_weight_ptr,
     m_ptr,
     l_ptr,
     dlogits_ptr,
@@ -162,96 +172,179 @@ def _cross_entropy_backward_kernel(
     stride_target,
     stride_dlogits,
     ignore_index,
+    label_smoothing,
+    softcap,
+    lse_square_scale,
     V: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row * stride_target)
     gradient_ptr = dlogits_ptr + row * stride_dlogits
     if target != ignore_index:
         scale = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
-        if scale_ptr is not None:
-            scale *= tl.load(scale_ptr)
-        m, l = tl.load(m_ptr + row), tl.load(l_ptr + row)
-        row_ptr = logits_ptr + row * stride_logits
-        _write_gradient(row_ptr, gradient_ptr, target, m, l, scale, V, UNROLL, LANES, VEC)
+        if counts_ptr is not None:
+            scale /= tl.load(counts_ptr)  # not 0: this row's target counts
+        ratio, total_weight = _weight_sums(class_weight_ptr, total_weight_ptr, counts_ptr, V)
+        _write_gradient(
+            logits_ptr + row * stride_logits,
+            gradient_ptr,
+            class_weight_ptr,
+            target,
+            _target_weight(class_weight_ptr, target, V),
+            tl.load(m_ptr + row),
+            tl.load(l_ptr + row),
+            _finite(ratio),
+            total_weight,
+            scale,
+            label_smoothing,
+            softcap,
+            lse_square_scale,
+            V,
+            UNROLL,
+            LANES,
+            VEC,
+            HAS_SOFTCAP,
+            HAS_SMOOTHING,
+            HAS_Z_LOSS,
+        )
     else:
         _write_zeros(gradient_ptr, V, UNROLL, LANES, VEC)
 
 
 @triton.jit
-def _reduce_losses_kernel(
-    losses_ptr, target_ptr, loss_ptr, scale_ptr, stride_target, M, ignore_index, BLOCK: tl.constexpr
+def _count_targets_kernel(
+    target_ptr, class_weight_ptr, counts_ptr, stride_target, M, ignore_index, V, BLOCK: tl.constexpr
 ):
-    """The sum of M losses; with scale_ptr their mean over targets not ignored, and there 1 / the number of those."""
-    total = tl.zeros([BLOCK], tl.float32)
+    """The number n of targets that are not ignored, and n / (their summed class weights), 1 without those."""
     count = tl.zeros([BLOCK], tl.float32)
+    weights = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, M, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        target = tl.load(target_ptr + rows.to(tl.int64) * stride_target, mask=rows < M, other=ignore_index)
+        counts = target != ignore_index
+        count += counts.to(tl.float32)
+        if class_weight_ptr is not None:
+            inside = counts & (target >= 0) & (target < V)
+            weights += tl.load(class_weight_ptr + target, mask=inside, other=0.0).to(tl.float32)
+    n = tl.sum(count, 0)
+    ratio = 1.0
+    if class_weight_ptr is not None:
+        ratio = n / tl.sum(weights, 0)
+    tl.store(counts_ptr, n)
+    tl.store(counts_ptr + 1, ratio)
+
+
+@triton.jit
+def _reduce_losses_kernel(losses_ptr, counts_ptr, loss_ptr, M, BLOCK: tl.constexpr):
+    """The sum of M losses; with counts_ptr their mean over the targets that count."""
+    total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, M, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         total += tl.load(losses_ptr + rows, mask=rows < M, other=0.0)
-        if scale_ptr is not None:
-            target = tl.load(target_ptr + rows.to(tl.int64) * stride_target, mask=rows < M, other=ignore_index)
-            count += (target != ignore_index).to(tl.float32)
     loss = tl.sum(total, 0)
-    if scale_ptr is not None:
-        scale = 1.0 / tl.sum(count, 0)
-        loss *= scale  # no target at all: 0 times infinity, NaN, as PyTorch has it
-        tl.store(scale_ptr, scale)
+    if counts_ptr is not None:
+        loss /= tl.load(counts_ptr)  # no target at all: 0 / 0, NaN, as PyTorch has it
     tl.store(loss_ptr, loss)
 
 
-def launch_rows(logits, target, ignore_index, *, gradient):
-    """losses, m and l, each [M] fp32; with gradient the logits [M, V] are overwritten by theirs, and m, l are None."""
+def _flags(options):
+    """The options as kernels take them: numbers in their order, and what is compiled in."""
+    flags = {
+        "HAS_SOFTCAP": options.softcap != 0.0,
+        "HAS_SMOOTHING": options.label_smoothing != 0.0,
+        "HAS_Z_LOSS": options.lse_square_scale != 0.0,
+    }
+    return tuple(options), flags
+
+
+def _total_weight(class_weight):
+    return None if class_weight is None else class_weight.sum(dtype=torch.float32)
+
+
+def _or_none(counts):
+    """counts is empty where no mean is taken."""
+    return counts if counts.numel() else None
+
+
+def launch_counts(target, class_weight, V, ignore_index, reduction):
+    """For "mean" fp32 [2], n and n / (summed weights), on the device; else empty."""
+    counts = torch.empty(2 if reduction == "mean" else 0, dtype=torch.float32, device=target.device)
+    if reduction == "mean":
+        with device_of(target):
+            _count_targets_kernel[(1,)](
+                target,
+                class_weight,
+                counts,
+                target.stride(0),
+                target.shape[0],
+                ignore_index,
+                V,
+                BLOCK=4096,
+                num_warps=16,
+            )
+    return counts
+
+
+def launch_rows(logits, target, class_weight, counts, options, losses, *, dloss=None, statistics=None, gradient=False):
+    """Writes losses [M] fp32 and, where given, the statistics m and l; with gradient the logits [M, V] are overwritten
+    by their gradient, times dloss [M] fp32 where that is given."""
     M, V = logits.shape
-    losses = torch.empty(M, dtype=torch.float32, device=logits.device)
-    m, l = (None, None) if gradient else (torch.empty_like(losses) for _ in range(2))
     config = vocabulary_config(V, logits)
+    numbers, flags = _flags(options)
     if M:
         with device_of(logits):
             _cross_entropy_forward_kernel[(M,)](
                 logits,
                 target,
+                class_weight,
+                _total_weight(class_weight),
+                _or_none(counts),
+                dloss,
                 losses,
-                m,
-                l,
+                *(statistics or (None, None)),
                 logits.stride(0),
                 target.stride(0),
-                ignore_index,
+                0 if dloss is None else dloss.stride(0),
+                *numbers,
                 V=V,
                 UNROLL=config.UNROLL,
                 LANES=config.LANES,
                 VEC=config.VEC,
+                **flags,
                 GRADIENT=gradient,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
             )
-    return losses, m, l
 
 
-def launch_reduction(losses, target, ignore_index, reduction):
-    """The reduced loss, fp32 [], and for "mean" the fp32 [] by which each row's gradient is multiplied, else None."""
+def launch_reduction(losses, counts):
+    """The losses' mean where there are counts, else their sum: fp32 []."""
     loss = torch.empty((), dtype=torch.float32, device=losses.device)
-    scale = torch.empty_like(loss) if reduction == "mean" else None
     with device_of(losses):
-        _reduce_losses_kernel[(1,)](
-            losses, target, loss, scale, target.stride(0), losses.shape[0], ignore_index, BLOCK=4096, num_warps=16
-        )
-    return loss, scale
+        _reduce_losses_kernel[(1,)](losses, _or_none(counts), loss, losses.shape[0], BLOCK=4096, num_warps=16)
+    return loss
 
 
-def _launch_backward(dloss, scale, logits, target, m, l, ignore_index, dlogits):
+def _launch_backward(dloss, counts, logits, target, class_weight, m, l, options, dlogits):
     """Writes dlogits [M, V], which may be logits."""
     M, V = logits.shape
     config = vocabulary_config(V, logits, dlogits)
+    numbers, flags = _flags(LossOptions(*options))
     if M:
         with device_of(logits):
             _cross_entropy_backward_kernel[(M,)](
                 dloss,
-                scale,
+                _or_none(counts),
                 logits,
                 target,
+                class_weight,
+                _total_weight(class_weight),
                 m,
                 l,
                 dlogits,
@@ -259,52 +352,60 @@ def _launch_backward(dloss, scale, logits, target, m, l, ignore_index, dlogits):
                 logits.stride(0),
                 target.stride(0),
                 dlogits.stride(0),
-                ignore_index,
+                *numbers,
                 V=V,
                 UNROLL=config.UNROLL,
                 LANES=config.LANES,
                 VEC=config.VEC,
+                **flags,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
             )
 
 
-def _forward(logits, target, ignore_index, reduction):
+def _forward(logits, target, class_weight, reduction, *options):
     check_device("cross_entropy", logits, "logits")
-    loss, m, l = launch_rows(logits, target, ignore_index, gradient=False)
-    scale = None
-    if reduction != "none":
-        loss, scale = launch_reduction(loss, target, ignore_index, reduction)
-    return loss, m.new_empty(0) if scale is None else scale, m, l
+    losses, m, l = (torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3))
+    options = LossOptions(*options)
+    counts = launch_counts(target, class_weight, logits.shape[1], options.ignore_index, reduction)
+    launch_rows(logits, target, class_weight, counts, options, losses, statistics=(m, l))
+    return losses if reduction == "none" else launch_reduction(losses, counts), counts, m, l
 
 
-def _forward_fake(logits, target, ignore_index, reduction):
+def _forward_fake(logits, target, class_weight, reduction, *options):
     m = logits.new_empty(logits.shape[0], dtype=torch.float32)
     loss = torch.empty_like(m) if reduction == "none" else m.new_empty(())
-    return loss, m.new_empty(() if reduction == "mean" else 0), m, torch.empty_like(m)
+    return loss, m.new_empty(2 if reduction == "mean" else 0), m, torch.empty_like(m)
 
 
-def _backward(dloss, scale, logits, target, m, l, ignore_index):
+def _backward(dloss, counts, logits, target, class_weight, m, l, *options):
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _launch_backward(dloss, scale if scale.dim() == 0 else None, logits, target, m, l, ignore_index, dlogits)
+    _launch_backward(dloss, counts, logits, target, class_weight, m, l, options, dlogits)
     return dlogits
 
 
-def _backward_fake(dloss, scale, logits, target, m, l, ignore_index):
+def _backward_fake(dloss, counts, logits, target, class_weight, m, l, *options):
     return logits.new_empty(logits.shape)
 
 
-def _backward_in_place(dloss, scale, logits, target, m, l, ignore_index):
-    _launch_backward(dloss, scale if scale.dim() == 0 else None, logits, target, m, l, ignore_index, logits)
+def _backward_in_place(dloss, counts, logits, target, class_weight, m, l, *options):
+    _launch_backward(dloss, counts, logits, target, class_weight, m, l, options, logits)
+    # An op registered through torch.library.Library leaves the version to us: without it autograd would go on to use
+    # the gradient where it saved the logits (a tanh before them, a second backward).
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
 
 
-def _backward_in_place_fake(dloss, scale, logits, target, m, l, ignore_index):
+def _backward_in_place_fake(dloss, counts, logits, target, class_weight, m, l, *options):
     return None
 
 
-_BACKWARD = "(Tensor dloss, Tensor scale, Tensor{} logits, Tensor target, Tensor m, Tensor l, int ignore_index)"
+_BACKWARD = (
+    "(Tensor dloss, Tensor counts, Tensor{} logits, Tensor target, Tensor? class_weight, Tensor m, Tensor l, "
+    f"{OPTIONS_SCHEMA})"
+)
 cross_entropy_forward = define_op(
-    "cross_entropy_forward(Tensor logits, Tensor target, int ignore_index, str reduction) "
+    f"cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, str reduction, {OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -317,24 +418,24 @@ cross_entropy_backward_ = define_op(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, reduction, inplace):
-        loss, scale, m, l = cross_entropy_forward(logits, target, ignore_index, reduction)
-        ctx.save_for_backward(scale, logits, target, m, l)
-        ctx.ignore_index, ctx.inplace = ignore_index, inplace
+    def forward(ctx, logits, target, class_weight, reduction, inplace, *options):
+        loss, counts, m, l = cross_entropy_forward(logits, target, class_weight, reduction, *options)
+        ctx.save_for_backward(counts, logits, target, class_weight, m, l)
+        ctx.options, ctx.inplace = options, inplace
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         refuse_second_derivative("cross_entropy")
-        scale, logits, *saved = ctx.saved_tensors
+        counts, logits, *saved = ctx.saved_tensors
         if not ctx.inplace:
-            return cross_entropy_backward(dloss, scale, logits, *saved, ctx.ignore_index), *[None] * 4
-        cross_entropy_backward_(dloss, scale, logits, *saved, ctx.ignore_index)
-        return logits, *[None] * 4
+            return cross_entropy_backward(dloss, counts, logits, *saved, *ctx.options), *[None] * 8
+        cross_entropy_backward_(dloss, counts, logits, *saved, *ctx.options)
+        return logits, *[None] * 8
 
 
-def check_target(function, rows, target, reduction):
-    """target must be int64 of one dimension, one for each row, and reduction one of REDUCTIONS."""
+def check_loss(function, rows, V, target, class_weight, ignore_index, reduction, label_smoothing, softcap, z_loss):
+    """Checks what both losses share, and returns the LossOptions."""
     if target.shape != rows.shape[:1] or target.dtype != torch.int64 or target.device != rows.device:
         raise ValueError(
             f"{function}: target is {target.dtype} {tuple(target.shape)} on {target.device}; "
@@ -342,16 +443,48 @@ def check_target(function, rows, target, reduction):
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"{function}: reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{function}: label_smoothing is {label_smoothing}; it must be from 0 to 1")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{function}: softcap is {softcap}; it must be positive and finite, or None")
+    if not math.isfinite(z_loss):
+        raise ValueError(f"{function}: lse_square_scale is {z_loss}; it must be finite")
+    if class_weight is not None:
+        wanted = class_weight.shape == (V,) and class_weight.dtype in FLOATS and class_weight.device == rows.device
+        if not wanted or not class_weight.is_contiguous():
+            raise ValueError(
+                f"{function}: class_weight is {class_weight.dtype} {tuple(class_weight.shape)} with strides "
+                f"{class_weight.stride()} on {class_weight.device}; it must be floating, contiguous and ({V},) on "
+                f"{rows.device}"
+            )
+        if class_weight.requires_grad:
+            raise ValueError(f"{function}: class_weight requires a gradient, which is not implemented; detach it")
+    return LossOptions(int(ignore_index), float(label_smoothing), float(softcap or 0.0), float(z_loss))
 
 
-def cross_entropy(logits, target, *, ignore_index=-100, reduction="mean", inplace=False):
+def cross_entropy(
+    logits,
+    target,
+    *,
+    ignore_index=-100,
+    reduction="mean",
+    inplace=False,
+    label_smoothing=0.0,
+    softcap=None,
+    lse_square_scale=0.0,
+    class_weight=None,
+):
     """Cross-entropy by Triton kernels, differentiable once; the semantics of torch's with class indices.
 
     logits: [M, V], fp16, bf16 or fp32, rows of unit stride, any V; read in place. target: int64 [M], in [0, V) or
         ignore_index. A target outside both gives NaN in its row (a GPU kernel cannot raise), and reads nothing.
-    reduction: "mean" over targets that are not ignored (NaN if there are none), "sum" or "none".
-    inplace: allows backward to write the gradient over the logits, which saves the memory of one [M, V]; the logits
-        are lost then.
+    reduction: "mean" over targets that are not ignored (NaN, with gradients of 0, if there are none), "sum" or "none".
+    inplace: lets backward write the gradient over the logits, which saves the memory of one [M, V]; the logits are lost
+        then, as autograd knows: whatever else needs them in backward raises its error. Rows must not overlap.
+    label_smoothing, class_weight ([V], floating; weight in torch): as torch.nn.functional.cross_entropy has them.
+    softcap: logits become softcap tanh(logits / softcap) first. lse_square_scale: times log-sum-exp squared is added to
+        each row's loss (z-loss: PaLM, Chowdhery et al., 2022); its mean is over rows, whatever the class weights. Both
+        as Liger has them.
     Returns the loss in fp32, whatever the logits' dtype: [] or, for "none", [M]. Softmax and sums are fp32.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
@@ -359,5 +492,22 @@ def cross_entropy(logits, target, *, ignore_index=-100, reduction="mean", inplac
     if logits.dim() != 2:
         raise ValueError(f"{function}: logits has shape {tuple(logits.shape)}; it must be [M, V]")
     check_dtype(function, logits, "logits")
-    check_target(function, as_rows(function, logits, "logits"), target, reduction)
-    return _CrossEntropy.apply(logits, target, ignore_index, reduction, inplace)
+    rows = as_rows(function, logits, "logits")
+    options = check_loss(
+        function,
+        rows,
+        logits.shape[1],
+        target,
+        class_weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        softcap,
+        lse_square_scale,
+    )
+    if inplace and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"{function}: inplace is set, and logits has shape {tuple(logits.shape)} and strides "
+            f"{tuple(logits.stride())}; its rows must not overlap where the gradient is written over them"
+        )
+    return _CrossEntropy.apply(logits, target, class_weight, reduction, bool(inplace), *options)

@@ -42,3 +42,9 @@ def device_of(tensor):
 def dot_precision(dtype):
     """tl.dot's input_precision: fp32 operands are multiplied as fp32, never as TF32. Other dtypes ignore it."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def without_autocast(tensor):
+    """A context in which torch's own functions compute in the dtypes that they are given, on the tensor's device."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()

@@ -1,126 +1,227 @@
-"""Cross-entropy of a language model's head, without the logits: loss, dx and dweight from x [M, C] and weight [V, C].
+"""Cross-entropy of a language model's head, without the logits: loss and gradients from x [M, C] and weight [V, C].
 
-    logits = x weight^T,   g = softmax(logits) - onehot(target)        [chunk_rows, V], one chunk of rows at a time
-    dx = g weight,         dweight = sum over chunks of g^T x          each times dloss, and 1 / count for the mean
+    logits = x weight^T + bias,   g = dloss/dlogits                    [chunk_rows, V], one chunk of rows at a time
+    dx = g weight,   dweight = sum over chunks of g^T x,   dbias = sum over rows of g
 
-The logits of a chunk live in one buffer, their gradient takes their place, and both matrix products of backward are
-done before the next chunk: the whole [M, V], which outweighs GPT-2 itself at M = 16k, never exists. The factor dloss is
-known only in backward and multiplies dx and dweight there, so that gradients lose nothing to the range of fp16.
+The logits of a chunk live in one buffer, their gradient takes their place, and the matrix products of backward are done
+before the next chunk: the whole [M, V], which outweighs GPT-2 itself at M = 16k, never exists. The factors dloss and,
+for the mean, 1 / n are known late and multiply dx, dweight and dbias in backward, in fp32, so that small factors cost
+fp16 nothing. dweight and dbias are sums over all rows before that division, which fp16 need not hold: they are fp32
+from the matrix product on. With reduction="none" each row has its own dloss, so there backward goes through the chunks
+once more: two products for the logits in place of one.
 
-Bytes live at once beside the results: chunk_rows V e for the chunk, V C e for its part of dweight, 4 V C for the fp32
-sum of those. FLOPs: 6 M V C, as with the logits in full. The same chunks can be taken by plain PyTorch, on any device.
+Bytes live at once beside the results: chunk_rows V e for the chunk, 4 V C for the fp32 sum of dweight; where a CPU
+multiplies two-byte tensors, which it cannot into fp32, 4 chunk_rows V more. FLOPs: 6 M V C, as with the logits in full.
+The same chunks can be taken by plain PyTorch, on any device. Autocast does not reach inside: the inputs' dtype counts.
 """
 
 import torch
 
 from kernels.checks import check_device, check_dtype, check_same, refuse_second_derivative
-from kernels.cross_entropy import check_target, launch_reduction, launch_rows
-from kernels.library import define_op
+from kernels.cross_entropy import OPTIONS_SCHEMA, LossOptions, check_loss, launch_counts, launch_reduction, launch_rows
+from kernels.library import define_op, without_autocast
 from kernels.rows import as_rows
 
 _ROW_ALIGNMENT = 64  # logits: rows start on a cache line, whatever V is
 
 
-def _triton_rows(logits, target, ignore_index):
-    """The losses of a chunk [rows]; its logits are overwritten by their gradient."""
-    return launch_rows(logits, target, ignore_index, gradient=True)[0]
+# What the chunks need of a loss, in plain PyTorch: see logits.py for the formulas.
 
 
-def _torch_rows(logits, target, ignore_index):
-    """As _triton_rows, in plain PyTorch."""
-    ignored = target == ignore_index
+def _torch_counts(target, class_weight, V, ignore_index, reduction):
+    if reduction != "mean":
+        return torch.empty(0, device=target.device)
+    counted = target != ignore_index
+    n = counted.sum().float()
+    if class_weight is None:
+        return torch.stack((n, torch.ones_like(n)))
+    weights = class_weight.float()[target.masked_fill(~counted, 0)] * counted
+    return torch.stack((n, n / weights.sum()))
+
+
+def _torch_rows(logits, target, class_weight, counts, options, losses, *, dloss=None, gradient=False):
+    ignored = target == options.ignore_index
     columns = target.masked_fill(ignored, 0)[:, None]
-    wide = logits.float()
-    lse = torch.logsumexp(wide, 1, keepdim=True)
-    losses = (lse - wide.gather(1, columns))[:, 0].masked_fill_(ignored, 0.0)
-    p = wide.sub_(lse).exp_()  # fp32 logits become p in place
-    p.scatter_add_(1, columns, torch.full_like(lse, -1.0)).masked_fill_(ignored[:, None], 0.0)
-    if p.dtype != logits.dtype:
+    z = logits.float()
+    V = z.shape[1]
+    slope = None
+    if options.softcap:
+        t = torch.tanh(z / options.softcap)
+        z, slope = options.softcap * t, 1.0 - t * t
+    lse = torch.logsumexp(z, 1, keepdim=True)
+    x_target = z.gather(1, columns)
+    w = None if class_weight is None else class_weight.float()
+    w_target = torch.ones_like(lse) if w is None else w[columns]
+    total_weight = float(V) if w is None else w.sum()
+    ratio = counts[1] if counts.numel() and w is not None else torch.ones((), device=z.device)
+    loss = w_target * (lse - x_target)
+    smoothing = options.label_smoothing
+    if smoothing:
+        apart = lse - z if w is None else (lse - z) * w
+        loss = loss * (1.0 - smoothing) + smoothing / V * apart.sum(1, keepdim=True)
+    loss = loss * ratio + options.lse_square_scale * lse * lse
+    losses.copy_(loss[:, 0].masked_fill_(ignored, 0.0))
+    if not gradient:
+        return
+    ratio = ratio.masked_fill(~ratio.isfinite(), 0.0)
+    hot, cold = (1.0 - smoothing) * w_target * ratio, smoothing / V * ratio
+    whole = hot + cold * total_weight + 2.0 * options.lse_square_scale * lse
+    p = z.sub_(lse).exp_().mul_(whole)  # without a softcap fp32 logits become p in place
+    if smoothing:
+        p.sub_(cold if w is None else cold * w)
+    p.scatter_add_(1, columns, -hot)
+    if slope is not None:
+        p.mul_(slope)
+    if dloss is not None:
+        p.mul_(dloss[:, None])
+    p.masked_fill_(ignored[:, None], 0.0)
+    if slope is not None or p.dtype != logits.dtype:
         logits.copy_(p)
-    return losses
 
 
-def _torch_reduction(losses, target, ignore_index, reduction):
-    scale = (target != ignore_index).sum().float().reciprocal() if reduction == "mean" else None
-    return losses.sum() if scale is None else losses.sum() * scale, scale
+def _torch_reduction(losses, counts):
+    return losses.sum() / counts[0] if counts.numel() else losses.sum()
 
 
-def _chunked(x, weight, target, ignore_index, reduction, chunk_rows, gradients, rows, reduce):
-    """loss [], scale [] or [0], dx [M, C] and dweight [V, C] fp32, both before dloss and scale; empty if not wanted."""
+def _add_product(total, g, x):
+    """total [V, C] fp32 += g^T x, summed in fp32 whatever the dtype of g [rows, V] and x [rows, C]."""
+    if x.dtype == torch.float32:
+        total.addmm_(g.T, x)
+    elif x.is_cuda:
+        torch.addmm(total, g.T, x, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(g.T.float(), x.float())
+
+
+def _chunked(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows, wanted, options, parts):
+    """loss ([], or [M] for "none"), counts [2] or [0], and the wanted ones of dx [M, C], dweight [V, C] and dbias [V],
+    the last two fp32; gradients are before 1 / n and, unless dloss [M] is given, before dloss. Empty if not wanted."""
+    counts_of, rows, reduce = parts
+    wants_dx, wants_dweight, wants_dbias = wanted
     M, C = x.shape
     V = weight.shape[0]
     losses = torch.empty(M, dtype=torch.float32, device=x.device)
     width = -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     buffer = torch.empty(min(M, chunk_rows), width, dtype=x.dtype, device=x.device)
-    dx = torch.empty((M, C) if gradients else 0, dtype=x.dtype, device=x.device)
-    dweight = torch.zeros((V, C) if gradients else 0, dtype=torch.float32, device=x.device)
-    for start in range(0, M, chunk_rows):
-        chunk = slice(start, start + chunk_rows)
-        logits = buffer[: min(chunk_rows, M - start), :V]
-        torch.mm(x[chunk], weight.T, out=logits)
-        losses[chunk] = rows(logits, target[chunk], ignore_index)
-        if gradients:
-            torch.mm(logits, weight, out=dx[chunk])
-            dweight += logits.T @ x[chunk]
-    loss, scale = reduce(losses, target, ignore_index, reduction)
-    return loss, losses.new_empty(0) if scale is None else scale, dx, dweight
+    dx = torch.empty((M, C) if wants_dx else 0, dtype=x.dtype, device=x.device)
+    dweight = torch.zeros((V, C) if wants_dweight else 0, dtype=torch.float32, device=x.device)
+    dbias = torch.zeros(V if wants_dbias else 0, dtype=torch.float32, device=x.device)
+    with without_autocast(x):
+        counts = counts_of(target, class_weight, V, options.ignore_index, reduction)
+        for start in range(0, M, chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            logits = buffer[: min(chunk_rows, M - start), :V]
+            if bias is None:
+                torch.mm(x[chunk], weight.T, out=logits)
+            else:
+                torch.addmm(bias, x[chunk], weight.T, out=logits)
+            dlosses = None if dloss is None else dloss[chunk]
+            rows(
+                logits, target[chunk], class_weight, counts, options, losses[chunk], dloss=dlosses, gradient=any(wanted)
+            )
+            if wants_dx:
+                torch.mm(logits, weight, out=dx[chunk])
+            if wants_dweight:
+                _add_product(dweight, logits, x[chunk])
+            if wants_dbias:
+                dbias += logits.sum(0, dtype=torch.float32)
+        loss = losses if reduction == "none" else reduce(losses, counts)
+    return loss, counts, dx, dweight, dbias
 
 
-def _triton_forward(x, weight, target, ignore_index, reduction, chunk_rows, gradients):
+def _triton(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows, dx, dweight, dbias, *options):
     check_device("linear_cross_entropy", x, "x")
-    options = (ignore_index, reduction, chunk_rows, gradients)
-    return _chunked(x, weight, target, *options, _triton_rows, launch_reduction)
+    parts = launch_counts, launch_rows, launch_reduction
+    shared = dloss, reduction, chunk_rows, (dx, dweight, dbias), LossOptions(*options), parts
+    return _chunked(x, weight, bias, target, class_weight, *shared)
 
 
-def _torch_forward(x, weight, target, *options):
-    return _chunked(x, weight, target, *options, _torch_rows, _torch_reduction)
+def _torch(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows, dx, dweight, dbias, *options):
+    parts = _torch_counts, _torch_rows, _torch_reduction
+    shared = dloss, reduction, chunk_rows, (dx, dweight, dbias), LossOptions(*options), parts
+    return _chunked(x, weight, bias, target, class_weight, *shared)
 
 
-def _forward_fake(x, weight, target, ignore_index, reduction, chunk_rows, gradients):
-    loss = x.new_empty((), dtype=torch.float32)
-    dweight = weight.new_empty(weight.shape if gradients else 0, dtype=torch.float32)
-    return loss, loss.new_empty(() if reduction == "mean" else 0), x.new_empty(x.shape if gradients else 0), dweight
+def _fake(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows, dx, dweight, dbias, *options):
+    loss = x.new_empty(x.shape[0] if reduction == "none" else (), dtype=torch.float32)
+    return (
+        loss,
+        loss.new_empty(2 if reduction == "mean" else 0),
+        x.new_empty(x.shape if dx else 0),
+        loss.new_empty(weight.shape if dweight else 0),
+        loss.new_empty(weight.shape[0] if dbias else 0),
+    )
 
 
-linear_cross_entropy_forward = define_op(
-    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor target, int ignore_index, str reduction, "
-    "int chunk_rows, bool gradients) -> (Tensor, Tensor, Tensor, Tensor)",
-    _triton_forward,
-    _forward_fake,
+linear_cross_entropy_chunks = define_op(
+    "linear_cross_entropy_chunks(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+    "Tensor? dloss, str reduction, int chunk_rows, bool dx, bool dweight, bool dbias, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _triton,
+    _fake,
 )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, target, compute, *options):
-        gradients = any(ctx.needs_input_grad[:2])
-        loss, scale, dx, dweight = compute(x, weight, target, *options, gradients)
-        ctx.save_for_backward(scale, dx, dweight)
-        ctx.dtype = weight.dtype
+    def forward(ctx, x, weight, bias, target, class_weight, compute, reduction, chunk_rows, wanted, *options):
+        ctx.late = reduction == "none"
+        now = (False, False, False) if ctx.late else wanted
+        tensors = x, weight, bias, target, class_weight
+        loss, counts, *gradients = compute(*tensors, None, reduction, chunk_rows, *now, *options)
+        ctx.save_for_backward(*(tensors if ctx.late else (counts, *gradients)))
+        ctx.again = compute, reduction, chunk_rows, wanted, options
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         refuse_second_derivative("linear_cross_entropy")
-        scale, dx, dweight = ctx.saved_tensors
-        factor = dloss * scale if scale.dim() == 0 else dloss
-        needs_dx, needs_dweight = ctx.needs_input_grad[:2]
-        return (
-            (dx * factor).to(dx.dtype) if needs_dx else None,
-            (dweight * factor).to(ctx.dtype) if needs_dweight else None,
-            *[None] * 5,
+        compute, reduction, chunk_rows, wanted, options = ctx.again
+        if ctx.late:
+            # Of any size, dloss leaves the gradients of the logits within the range of fp16.
+            size = dloss.abs().max() if dloss.numel() else dloss.new_ones(())
+            factor = torch.where(size.isfinite() & (size > 0), size, 1.0)
+            arguments = *ctx.saved_tensors, dloss / factor, reduction, chunk_rows
+            _, _, *gradients = compute(*arguments, *wanted, *options)
+        else:
+            counts, *gradients = ctx.saved_tensors
+            factor = dloss
+            if counts.numel():  # no target at all: the gradients are 0, as the sums are
+                factor = torch.where(counts[0] > 0, dloss / counts[0], 0.0)
+        # One dimension more than a scalar has: fp16 times a scalar would round the factor to fp16 first.
+        scaled = (
+            torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype)) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad)
         )
+        return *scaled, *[None] * 10
 
 
 def linear_cross_entropy(
-    x, weight, target, *, ignore_index=-100, reduction="mean", chunk_rows=2048, implementation="triton"
+    x,
+    weight,
+    target,
+    *,
+    bias=None,
+    ignore_index=-100,
+    reduction="mean",
+    chunk_rows=2048,
+    implementation="triton",
+    label_smoothing=0.0,
+    softcap=None,
+    lse_square_scale=0.0,
+    class_weight=None,
 ):
-    """cross_entropy(x weight^T, target) without ever holding all logits; differentiable once.
+    """cross_entropy(x weight^T + bias, target) without ever holding all logits; differentiable once.
 
-    x: [M, C]; weight: [V, C]; fp16, bf16 or fp32, the same. target: int64 [M], in [0, V) or ignore_index.
-    reduction: "mean" over targets that are not ignored, or "sum". chunk_rows: how many rows of logits exist at once.
+    x: [M, C]; weight: [V, C]; bias: [V] or None; fp16, bf16 or fp32, the same, which is what they are multiplied in:
+        autocast does not reach inside. target: int64 [M], in [0, V) or ignore_index.
+    chunk_rows: how many rows of logits exist at once.
     implementation: "triton", or "torch", which takes the same chunks in plain PyTorch on any device.
-    Returns the loss, fp32 []. If x or weight needs a gradient, forward computes both; dweight is summed in fp32.
+    The other options are cross_entropy's.
+    Returns the loss, fp32: [] or, for "none", [M]. Forward computes the gradients that will be asked for and no other:
+    none under no_grad, none for a frozen head or frozen rows; with "none" backward computes them. dweight and dbias are
+    summed in fp32.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
     function = "linear_cross_entropy"
@@ -130,12 +231,21 @@ def linear_cross_entropy(
         )
     check_dtype(function, x, "x")
     check_same(function, x, "x", weight, "weight")
-    check_target(function, as_rows(function, x, "x"), target, reduction)
-    if reduction == "none":
-        raise ValueError(f"{function}: reduction is 'none'; it must be sum, mean: a factor per row comes too late")
+    V = weight.shape[0]
+    if bias is not None:
+        check_same(function, x, "x", bias, "bias")
+        if bias.shape != (V,):
+            raise ValueError(f"{function}: bias has shape {tuple(bias.shape)}; it must be ({V},)")
+    rows = as_rows(function, x, "x")
+    shared = ignore_index, reduction, label_smoothing, softcap, lse_square_scale
+    options = check_loss(function, rows, V, target, class_weight, *shared)
     if chunk_rows < 1:
         raise ValueError(f"{function}: chunk_rows is {chunk_rows}; it must be at least 1")
     if implementation not in ("triton", "torch"):
         raise ValueError(f"{function}: implementation is {implementation!r}; it must be triton or torch")
-    compute = linear_cross_entropy_forward if implementation == "triton" else _torch_forward
-    return _LinearCrossEntropy.apply(x, weight, target, compute, ignore_index, reduction, chunk_rows)
+    compute = linear_cross_entropy_chunks if implementation == "triton" else _torch
+    # Inside forward gradients are off, and needs_input_grad says what the inputs are, not what was asked for.
+    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
+    return _LinearCrossEntropy.apply(
+        x, weight, bias, target, class_weight, compute, reduction, chunk_rows, wanted, *options
+    )

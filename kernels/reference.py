@@ -100,12 +100,35 @@ def bias_gelu(x, bias):
     return gelu(x + bias)
 
 
-def cross_entropy(logits, target, *, ignore_index=-100, reduction="mean"):
-    """Cross-entropy of logits [M, V] against target [M]: softmax and loss in fp32 (fp64 for fp64)."""
+def cross_entropy(
+    logits,
+    target,
+    *,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    softcap=None,
+    lse_square_scale=0.0,
+    class_weight=None,
+):
+    """Cross-entropy of logits [M, V] against target [M]: softmax and loss in fp32 (fp64 for fp64).
+
+    softcap: logits become softcap tanh(logits / softcap). lse_square_scale: times log-sum-exp squared is added to each
+    row's loss; its mean is over rows, that of the rest over the targets' class weights.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide, target, ignore_index=ignore_index, reduction=reduction)
+    if softcap is not None:
+        wide = softcap * torch.tanh(wide / softcap)
+    weight = None if class_weight is None else class_weight.to(wide.dtype)
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    loss = torch.nn.functional.cross_entropy(wide, target, weight=weight, label_smoothing=label_smoothing, **options)
+    if lse_square_scale:
+        counted = target != ignore_index
+        z_loss = lse_square_scale * torch.logsumexp(wide, 1).square().masked_fill(~counted, 0.0)
+        loss = loss + {"none": z_loss, "sum": z_loss.sum(), "mean": z_loss.sum() / counted.sum()}[reduction]
+    return loss
 
 
-def linear_cross_entropy(x, weight, target, *, ignore_index=-100, reduction="mean"):
-    """Cross-entropy of the logits x weight^T, for x [M, C] and weight [V, C], with the logits in full."""
-    return cross_entropy(x @ weight.T, target, ignore_index=ignore_index, reduction=reduction)
+def linear_cross_entropy(x, weight, target, *, bias=None, **options):
+    """cross_entropy of the logits x weight^T + bias, for x [M, C] and weight [V, C], with the logits in full."""
+    return cross_entropy(torch.nn.functional.linear(x, weight, bias), target, **options)

@@ -1,5 +1,7 @@
 """cross_entropy and linear_cross_entropy: right in every lane within the tolerance rule, for any vocabulary."""
 
+import importlib
+
 import compiling
 import pytest
 import torch
@@ -145,14 +147,57 @@ def test_no_rows(lane, dtype):
 @a_property
 def test_ops_pass_opcheck(lane, dtype):
     logits, target = inputs(4, 65, dtype, lane.device)
+    class_weight = torch.rand(65).to(logits)
+    options = (-100, 0.1, 20.0, 0.01)
     ops = torch.ops.gpt2
-    loss, scale, m, l = ops.cross_entropy_forward(logits, target, -100, "mean")
-    opcheck(ops.cross_entropy_forward.default, (logits, target, -100, "mean"))
-    arguments = (torch.ones_like(loss), scale, logits, target, m, l, -100)
+    loss, counts, m, l = ops.cross_entropy_forward(logits, target, class_weight, "mean", *options)
+    opcheck(ops.cross_entropy_forward.default, (logits, target, class_weight, "mean", *options))
+    arguments = (torch.ones_like(loss), counts, logits, target, class_weight, m, l, *options)
     opcheck(ops.cross_entropy_backward.default, arguments)
     opcheck(ops.cross_entropy_backward_.default, arguments)
     x, weight = torch.randn(4, 16).to(logits), torch.randn(65, 16).to(logits)
-    opcheck(ops.linear_cross_entropy_forward.default, (x, weight, target, -100, "mean", 3, True))
+    for reduction, dloss in (("mean", None), ("none", torch.rand(4, device=lane.device))):
+        arguments = (
+            x,
+            weight,
+            weight[:, 0].contiguous(),
+            target,
+            None,
+            dloss,
+            reduction,
+            3,
+            True,
+            True,
+            True,
+            *options,
+        )
+        opcheck(ops.linear_cross_entropy_chunks.default, arguments)
+
+
+@a_property
+@pytest.mark.parametrize("use", ["an operation that saved them", "a second backward"])
+def test_autograd_knows_that_the_gradient_took_the_logits_place(lane, dtype, use):
+    logits, target = inputs(4, 65, dtype, lane.device)
+    logits = logits.requires_grad_()
+    after_tanh = torch.tanh(logits)  # its backward reads its result
+    loss = cross_entropy(after_tanh, target, inplace=True)
+    if use == "a second backward":
+        logits = after_tanh
+        torch.autograd.grad(loss, logits, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
+def test_every_op_that_writes_into_an_argument_is_known():
+    """Each of them must tell autograd, as the test above checks for this one."""
+    ours = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("gpt2::")]
+    assert [schema.name for schema in ours if schema.is_mutable] == ["gpt2::cross_entropy_backward_"]
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(4).expand(3, 4), torch.zeros(9).as_strided((3, 4), (2, 1))])
+def test_rows_that_overlap_are_not_overwritten(rows):
+    with pytest.raises(ValueError, match=r"^cross_entropy: inplace is set, .* must not overlap"):
+        cross_entropy(rows, torch.zeros(3).long(), inplace=True)
 
 
 @a_property
@@ -172,9 +217,9 @@ def head_inputs(M, C, V, dtype, device):
 
 
 @across_lanes(F32, F16, BF16, lanes=("interpret", "sm_90", "gpu"))
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy_matches_the_oracle(lane, dtype, reduction):
-    dloss = torch.tensor(0.7, device=lane.device)
+    dloss = torch.full((8,) if reduction == "none" else (), 0.7, device=lane.device)
     both = (with_options(f, reduction=reduction) for f in (chunks_of_three, reference.linear_cross_entropy))
     check_against_oracle(*both, head_inputs(8, 24, 1001, dtype, lane.device), (dloss,))
 
@@ -184,14 +229,105 @@ def chunks_of_three(*tensors, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_its_plain_pytorch_form_matches_the_oracle(dtype, reduction):
     tensors = head_inputs(8, 24, 1001, dtype, "cpu")
     both = (
         with_options(chunks_of_three, reduction=reduction, implementation="torch"),
         with_options(reference.linear_cross_entropy, reduction=reduction),
     )
-    check_against_oracle(*both, tensors, (torch.tensor(0.7),))
+    check_against_oracle(*both, tensors, (torch.full((8,) if reduction == "none" else (), 0.7),))
+
+
+def head_gradients(lane, implementation, x, weight, target, **options):
+    loss = linear_cross_entropy(x, weight, target, implementation=implementation, **options)
+    loss.sum().backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+in_both_forms = pytest.mark.parametrize("implementation", ["triton", "torch"])
+
+
+@a_property
+@in_both_forms
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_fused_head_without_a_target_has_gradients_of_zero(lane, dtype, implementation, reduction):
+    """An unguarded 1 / count made them NaN."""
+    x, weight, _ = head_inputs(5, 8, 65, dtype, lane.device)
+    target = torch.full((5,), -100, device=lane.device)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    loss, dx, dweight = head_gradients(lane, implementation, x, weight, target, chunk_rows=3, reduction=reduction)
+    assert loss.isnan().all() if reduction == "mean" else torch.equal(loss, torch.zeros_like(loss))
+    assert torch.equal(dx, torch.zeros_like(x))
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+@a_property
+@in_both_forms
+def test_the_weights_gradient_is_rounded_once_after_the_mean(lane, dtype, implementation):
+    """Before the division by the number of rows it is beyond fp16's range, which made it infinite."""
+    x = torch.full((2048, 2), 40.0).to(lane.device, dtype).requires_grad_()
+    weight = torch.zeros(3, 2).to(x).requires_grad_()
+    target = torch.zeros(2048, dtype=torch.int64, device=lane.device)
+    _, _, dweight = head_gradients(lane, implementation, x, weight, target)
+    expected = 40 * (torch.full((3, 1), 1 / 3) - torch.tensor([[1.0], [0.0], [0.0]])).expand(3, 2)
+    torch.testing.assert_close(dweight.cpu().float(), expected, rtol=2e-3, atol=0)
+
+
+@a_property
+@in_both_forms
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_small_or_large_factor_costs_the_gradients_no_digits(lane, dtype, implementation, reduction):
+    """The factor is fp32: 1e-7 would vanish in fp16, and 1e5 (a scaled loss) would be infinite."""
+    x, weight, target = head_inputs(4, 8, 65, dtype, lane.device)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, target, implementation=implementation, reduction=reduction)
+    gradients = [torch.autograd.grad(loss.sum() * factor, (x, weight), retain_graph=True) for factor in (1, 1e-4, 1e5)]
+    for one, small, large in zip(*gradients):
+        torch.testing.assert_close(small.double() * 1e4, one.double(), rtol=0, atol=1e-3)
+        expected = (one.double() * 1e5).clamp(*(s * 65504 for s in (-1, 1)))
+        torch.testing.assert_close(large.double().clamp(-65504, 65504), expected, rtol=2e-3, atol=1e-3 * 1e5)
+
+
+@across_lanes(F32, lanes=("sm_90", "gpu"))
+@in_both_forms
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_does_not_reach_inside_the_fused_head(lane, dtype, implementation, reduction):
+    x, weight, target = head_inputs(6, 24, 65, dtype, lane.device)
+    bias = weight[:, 0].clone()
+
+    def gradients():
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        options = {"bias": leaves[2], "implementation": implementation, "reduction": reduction}
+        loss = linear_cross_entropy(*leaves[:2], target, **options)
+        return loss, *torch.autograd.grad(loss.sum(), leaves)
+
+    plain = gradients()
+    with torch.autocast(lane.device, dtype=torch.bfloat16):
+        within = gradients()
+    for one, other in zip(plain, within):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "x", "weight", "bias", "everything", "no_grad"])
+def test_only_gradients_that_are_asked_for_are_computed(frozen, monkeypatch):
+    asked = []
+
+    def spy(*arguments):
+        asked.append(arguments[8:11])
+        return compute(*arguments)
+
+    module = importlib.import_module("kernels.linear_cross_entropy")
+    compute = module._torch
+    monkeypatch.setattr(module, "_torch", spy)
+    x, weight, target = head_inputs(4, 8, 65, F32, "cpu")
+    tensors = {"x": x, "weight": weight, "bias": torch.randn(65)}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(frozen not in (name, "everything"))
+    with torch.set_grad_enabled(frozen != "no_grad"):
+        linear_cross_entropy(x, weight, target, bias=tensors["bias"], implementation="torch")
+    needed = [frozen != "no_grad" and tensor.requires_grad for tensor in tensors.values()]
+    assert asked == [tuple(needed)]
 
 
 def peak_of_a_step(loss_function, device="meta"):
@@ -257,6 +393,24 @@ def test_the_peak_of_a_step_on_a_gpu_stays_below_the_logits_own_size():
             ValueError,
             "'avg'; it must be one of none, sum",
         ),
+        *(
+            (torch.zeros(2, 4), torch.zeros(2).long(), {name: value}, ValueError, f"{name} is .*{message}")
+            for name, value, message in (
+                ("label_smoothing", 1.5, "from 0 to 1"),
+                ("softcap", 0.0, "positive"),
+                ("lse_square_scale", float("nan"), "finite"),
+                ("class_weight", torch.ones(3), r"contiguous and \(4,\)"),
+                ("class_weight", torch.ones(4).long(), "floating"),
+                ("class_weight", torch.ones(8)[::2], "contiguous"),
+            )
+        ),
+        (
+            torch.zeros(2, 4),
+            torch.zeros(2).long(),
+            {"class_weight": torch.ones(4, requires_grad=True)},
+            ValueError,
+            "class_weight requires a gradient",
+        ),
     ],
 )
 def test_a_wrong_argument_says_what_came_and_what_is_required(logits, target, options, error, message):
@@ -268,7 +422,8 @@ def test_a_wrong_argument_says_what_came_and_what_is_required(logits, target, op
     ("shapes", "options", "message"),
     [
         (((2, 3), (5, 4)), {}, r"x has shape \(2, 3\), weight \(5, 4\)"),
-        (((2, 3), (5, 3)), {"reduction": "none"}, "reduction is 'none'; it must be sum, mean"),
+        (((2, 3), (5, 3)), {"bias": torch.zeros(3)}, r"bias has shape \(3,\); it must be \(5,\)"),
+        (((2, 3), (5, 3)), {"reduction": "avg"}, "reduction is 'avg'; it must be one of none, sum"),
         (((2, 3), (5, 3)), {"chunk_rows": 0}, "chunk_rows is 0; it must be at least 1"),
         (((2, 3), (5, 3)), {"implementation": "cuda"}, "implementation is 'cuda'; it must be triton or torch"),
     ],
@@ -282,11 +437,15 @@ def test_a_wrong_argument_of_the_fused_head_is_refused(shapes, options, message)
 @pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
 @pytest.mark.parametrize("padding", [0, 47], ids=["odd rows", "aligned rows"])
 def test_every_kernel_compiles_fits_and_does_not_spill(arch, padding):
-    logits, target = inputs(2, GPT2_VOCABULARY, BF16, "cpu", padding)
+    logits, targets = inputs(2, GPT2_VOCABULARY, BF16, "cpu", padding)
     with compiling.compile_only(arch) as kernels:
-        cross_entropy(logits.requires_grad_(), target, inplace=True).backward()
-        x, weight, target = head_inputs(2, 8, GPT2_VOCABULARY, F32, "cpu")
-        linear_cross_entropy(x.requires_grad_(), weight, target)
+        cross_entropy(logits.requires_grad_(), targets, inplace=True).backward()
+        x, weight, _ = head_inputs(2, 8, GPT2_VOCABULARY, F32, "cpu")
+        linear_cross_entropy(x.requires_grad_(), weight, targets)
+        if padding:  # every option at once, with the softcap's registers
+            options = {"label_smoothing": 0.1, "softcap": 30.0, "lse_square_scale": 1e-4}
+            class_weight = torch.ones(GPT2_VOCABULARY)
+            cross_entropy(logits.detach().requires_grad_(), targets, class_weight=class_weight, **options).backward()
     assert len(kernels) >= 4
     for kernel in kernels:
         assert kernel.spilled == 0, kernel

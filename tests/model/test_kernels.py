@@ -166,6 +166,14 @@ BACKWARD_BLOCK = [
 ]
 
 
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_a_fully_masked_micro_batch_has_gradients_of_zero(return_logits):
+    model, tokens = model_and_tokens()
+    model.transformer.set_attn_implementation("eager")
+    model(tokens, labels=torch.full_like(tokens, -100), return_logits=return_logits).loss.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.interpret
 def test_a_training_step_launches_nothing_but_what_is_named_here(monkeypatch):
     model, tokens = model_and_tokens()
@@ -179,7 +187,7 @@ def test_a_training_step_launches_nothing_but_what_is_named_here(monkeypatch):
         *FORWARD_BLOCK * SIZES["n_layer"],
         "mm",  # the head
         "constant_pad_nd",  # the labels, shifted
-        *("_cross_entropy_forward_kernel", "_reduce_losses_kernel"),
+        *("_count_targets_kernel", "_cross_entropy_forward_kernel", "_reduce_losses_kernel"),
     ]
     launches.names.clear()
     with launches:
