@@ -77,9 +77,9 @@ def test_a_module_that_needs_what_is_not_there_says_what(directory):
 
 
 def test_a_backend_that_cannot_decode_is_refused_before_work(directory, capsys, monkeypatch):
-    monkeypatch.setattr(model_sweep, "sweep", lambda args: pytest.fail("work started"))
     (directory / "outside_backend.py").write_text(BACKEND.replace(", unequal_lengths=True", ""))
     for bench in (model_sweep, transformers_sweep):
+        monkeypatch.setattr(bench, "build", lambda *_: pytest.fail("work started"))
         registry._BACKENDS.pop("outside", None)
         sys.modules.pop("outside_backend", None)
         with pytest.raises(SystemExit) as exit:
