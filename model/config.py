@@ -5,12 +5,13 @@ Source: transformers.GPT2Config (5.x); the five sizes are those of the GPT-2 pap
 
 import functools
 import json
+import math
 import warnings
 from dataclasses import dataclass, field, fields
 
 import torch
 
-from model.checkpoints.files import Source, read_json_object
+from model.checkpoints.files import Source, blame, read_json_object
 from model.checkpoints.saving import WEIGHTS_KEY, save_config
 
 ALIASES = {
@@ -35,6 +36,20 @@ PRESETS = {
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _POSITIVE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")
+_OPTIONAL_FLAGS = ("output_hidden_states", "output_attentions", "return_dict", "use_cache")
+_FLAGS = (
+    *_OPTIONAL_FLAGS,
+    "summary_use_proj",
+    "summary_proj_to_labels",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "add_cross_attention",
+    "tie_word_embeddings",
+    "is_encoder_decoder",
+)
+# More than these is a damaged file or a slip, and would take minutes or all memory before anybody noticed.
+MOST_LAYERS, MOST_LABELS, MOST_PARAMETERS = 4096, 2**20, 2**40
 _SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -78,6 +93,31 @@ def token_list(token):
 
 def _two_labels():
     return {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def _labels(given):
+    """id2label with integers for keys, which JSON writes as strings."""
+    if not isinstance(given, dict) or len(given) > MOST_LABELS:
+        raise ValueError(f"GPT2Config: id2label is {brief(given)}; it must be {{id: label}} of at most {MOST_LABELS}")
+    try:
+        return {int(index): label for index, label in given.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"GPT2Config: id2label is {brief(given)}; its keys must be integers") from error
+
+
+def is_integer(value, least):
+    """Whether it is an int, no bool, and at least so large."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def brief(value, most=60):
+    """A value as an error shows it: not a megabyte of it."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 @_accept_aliases
@@ -136,8 +176,7 @@ class GPT2Config:
     def __post_init__(self):
         if isinstance(self.dtype, str):
             self.dtype = getattr(torch, self.dtype.removeprefix("torch."), self.dtype)
-        labels = _two_labels() if self.id2label is None else self.id2label
-        self.id2label = {int(index): label for index, label in labels.items()}  # JSON's keys are strings
+        self.id2label = _labels(_two_labels() if self.id2label is None else self.id2label)
         if self.label2id is None:
             self.label2id = {label: index for index, label in self.id2label.items()}
         self.validate()
@@ -165,6 +204,8 @@ class GPT2Config:
 
     @num_labels.setter
     def num_labels(self, count):
+        if not is_integer(count, 1) or count > MOST_LABELS:
+            raise ValueError(f"GPT2Config: num_labels is {brief(count)}; it must be from 1 to {MOST_LABELS}")
         if count != len(self.id2label):
             self.id2label = {i: f"LABEL_{i}" for i in range(count)}
             self.label2id = {label: i for i, label in self.id2label.items()}
@@ -175,37 +216,48 @@ class GPT2Config:
         return {f.name for f in fields(cls)} - {"extra"} | ALIASES.keys() | {"num_labels", *UNDECLARED}
 
     def validate(self):
-        """Raises ValueError or TypeError, naming the field, where the values describe no GPT-2."""
+        """Raises ValueError or TypeError, naming the field, where the values describe no GPT-2 that could be built."""
         for name in _POSITIVE + (() if self.n_inner is None else ("n_inner",)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"GPT2Config: {name} is {value!r}; it must be a positive integer")
+            self._require(name, is_integer(getattr(self, name), 1), "a positive integer")
+        self._require("n_layer", self.n_layer <= MOST_LAYERS, f"at most {MOST_LAYERS}")
         for name in _PROBABILITIES + tuple(name for name in UNDECLARED if getattr(self, name) is not None):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"GPT2Config: {name} is {value!r}; it must be between 0 and 1")
+            self._require(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"GPT2Config: {name} is {value!r}; it must be greater than 0")
+            self._require(name, _is_number(value) and 0 < value < math.inf, "greater than 0 and finite")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            self._require(name, isinstance(value, bool) or (value is None and name in _OPTIONAL_FLAGS), "true or false")
+        for name in SPECIAL_TOKENS:
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, (list, tuple)) and len(value) > 0
+            ids = value if several else [value]
+            self._require(name, value is None or all(is_integer(i, 0) for i in ids), "a token id, at least 0, or None")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPT2Config: n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise ValueError(
-                f"GPT2Config: dtype is {self.dtype!r}; it must be a floating-point torch.dtype or its name"
-            )
-        if self.summary_type not in _SUMMARY_TYPES:
-            raise ValueError(
-                f"GPT2Config: summary_type is {self.summary_type!r}; choose one of {', '.join(_SUMMARY_TYPES)}"
-            )
-        if self.problem_type is not None and self.problem_type not in _PROBLEM_TYPES:
-            raise ValueError(
-                f"GPT2Config: problem_type is {self.problem_type!r}; choose one of {', '.join(_PROBLEM_TYPES)}"
-            )
+        sizes = self.vocab_size + self.n_positions + self.n_layer * (4 * self.n_embd + 2 * self.inner_dim)
+        if sizes * self.n_embd > MOST_PARAMETERS:
+            fields = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_inner")
+            came = ", ".join(f"{name} {getattr(self, name)}" for name in fields)
+            raise ValueError(f"GPT2Config: {came}: {sizes * self.n_embd} parameters, {MOST_PARAMETERS} are the most")
+        self._require(
+            "dtype",
+            self.dtype is None or (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point),
+            "a floating-point torch.dtype or its name",
+        )
+        self._require("activation_function", isinstance(self.activation_function, str), "a name")
+        for name, allowed in (("summary_type", _SUMMARY_TYPES), ("problem_type", (None, *_PROBLEM_TYPES))):
+            if getattr(self, name) not in allowed:
+                named = ", ".join(map(str, allowed))
+                raise ValueError(f"GPT2Config: {name} is {getattr(self, name)!r}; choose one of {named}")
         if self.add_cross_attention or self.is_encoder_decoder:
             raise ValueError(
                 "GPT2Config: add_cross_attention and is_encoder_decoder are not supported; this is the decoder alone"
             )
+
+    def _require(self, name, fulfilled, what):
+        if not fulfilled:
+            raise ValueError(f"GPT2Config: {name} is {brief(getattr(self, name))}; it must be {what}")
 
     def special_tokens(self):
         """The ids of bos, eos (perhaps several) and pad, by field: a list each."""
@@ -250,7 +302,8 @@ class GPT2Config:
     @classmethod
     def from_json_file(cls, path, **overrides):
         """Reads a config.json. Raises ValueError if it is not a JSON object."""
-        return cls.from_dict(read_json_object(path), **overrides)
+        with blame(path):
+            return cls.from_dict(read_json_object(path), **overrides)
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw):

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,25 +93,44 @@ class Source:
         return f"repository {str(self.name_or_path)!r} (or, offline, its cache)"
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The values of config.json, every tensor by its name in the file, and the files that they are from."""
+
+    config: dict
+    config_path: Path | None
+    tensors: dict
+    weights_path: Path
+
+
+@contextmanager
+def blame(path):
+    """Makes a refusal of what a file holds a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{error} [{path}]") from error
+
+
 def read_checkpoint(source, *, needs_config=True):
-    """(the values of config.json, every tensor by its name in the file), both of one save, though another may go on.
+    """The Checkpoint of a source: config and weights of one save, though another may go on meanwhile.
 
     Tensors are memory-mapped where the format allows it. needs_config: False takes {} where there is no config.json.
     """
     for _ in range(_MOST_READS):
         path = source.require(CONFIG) if needs_config else source.find(CONFIG)
         if path is None:
-            return {}, _read_weights(source, {})
+            return Checkpoint({}, path, *_read_weights(source, {}))
         with open(path, "rb") as file:  # held open, so that its inode number means this file
             try:
                 config = read_json_object(path)
-                tensors = _read_weights(source, config)
+                checkpoint = Checkpoint(config, path, *_read_weights(source, config))
             except (ValueError, OSError):
                 if _is_still(file, path):
                     raise
             else:
                 if _is_still(file, path):
-                    return config, tensors
+                    return checkpoint
     raise OSError(f"from_pretrained: {path} was replaced {_MOST_READS} times while its checkpoint was read")
 
 
@@ -134,14 +154,17 @@ def read_json_object(path):
 
 
 def _read_weights(source, config):
+    """(every tensor, the file that holds them or their index)"""
     path = source.weights(config)
     if path.suffix != ".json":
-        return read_tensors(path)
+        return read_tensors(path), path
     files = read_json_object(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"from_pretrained: {path} is not a shard index; it must have a weight_map of keys to files")
     tensors = {}
     for filename in sorted(set(files.values())):
+        if not filename.endswith((".safetensors", ".bin")):
+            raise ValueError(f"from_pretrained: {path} names {filename!r}; it must be a .safetensors or .bin file")
         shard = read_tensors(source.require(_beside(filename, path)))
         promised = [key for key, where in files.items() if where == filename]
         absent = [key for key in promised if key not in shard]
@@ -153,7 +176,7 @@ def _read_weights(source, config):
                 f"from_pretrained: shard {filename} holds {listed(foreign)}, which {path} does not place there"
             )
         tensors.update(shard)
-    return tensors
+    return tensors, path
 
 
 def _beside(filename, path):

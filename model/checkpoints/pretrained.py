@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.checkpoints.files import Source, listed, read_checkpoint
+from model.checkpoints.files import Source, blame, listed, read_checkpoint
 from model.checkpoints.saving import save_checkpoint
 from model.config import GPT2Config
 from model.layers.embeddings import TokenEmbeddings
@@ -44,8 +44,8 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = check_config(type(self), config)
         config.validate()
-        self.config = config
 
     @property
     def device(self):
@@ -134,19 +134,25 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         unknown = sorted(overrides.keys() - GPT2Config.names())
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained: unexpected argument {unknown[0]!r}")
-        values, tensors = read_checkpoint(source, needs_config=config is None)
-        config = GPT2Config.from_dict(values) if config is None else copy.deepcopy(config)
+        stored = read_checkpoint(source, needs_config=config is None)
+        if config is None:
+            with blame(stored.config_path):
+                config = GPT2Config.from_dict(stored.config)
+        else:
+            config = copy.deepcopy(check_config(cls, config))
         for key, value in overrides.items():
             setattr(config, key, value)
         config.validate()
-        _check_layers(cls, config, tensors)
+        with blame(stored.weights_path):
+            _check_layers(cls, config, stored.tensors)
         with torch.device("meta"):
             model = cls(config, attn_implementation=attn_implementation)
         model.set_kernel_implementation(kernel_implementation)
         dtype = torch_dtype if torch_dtype is not None else dtype
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else replace(config, dtype=dtype).dtype
-        load_weights(model, tensors, dtype=dtype, strict=strict)
+        with blame(stored.weights_path):
+            load_weights(model, stored.tensors, dtype=dtype, strict=strict)
         model.config.dtype = model.dtype
         return model.eval()
 
@@ -173,6 +179,13 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
 
 # What Hugging Face calls the classes whose name is not the same here.
 ARCHITECTURES = {"GPT2": "GPT2LMHeadModel"}
+
+
+def check_config(cls, config):
+    """The config, if it is one."""
+    if not isinstance(config, GPT2Config):
+        raise TypeError(f"{cls.__name__}: config is {type(config).__name__}; it must be a GPT2Config")
+    return config
 
 
 def _check_layers(cls, config, tensors):

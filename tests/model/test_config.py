@@ -1,12 +1,14 @@
 """GPT2Config reads, holds and writes what transformers.GPT2Config does, and refuses what describes no GPT-2."""
 
 import json
+import time
 
 import pytest
 import torch
 import transformers
+from whole import marked
 
-from model import GPT2Config
+from model import GPT2, GPT2Config
 
 # Who wrote the file and where it came from; not the model.
 PROVENANCE = {"transformers_version", "_name_or_path"}
@@ -219,3 +221,72 @@ def test_a_config_can_be_made_from_its_dict():
     )
     with pytest.raises(TypeError, match="n_heads"):
         GPT2Config(n_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_layer", 100_000),
+        ("n_layer", True),
+        ("n_layer", 2.0),
+        ("n_embd", 12 * 10**7),
+        ("vocab_size", 10**12),
+        ("n_positions", float("inf")),
+        ("n_inner", 0),
+        ("n_inner", 10**10),
+        ("num_labels", 10**9),
+        ("num_labels", 0),
+        ("num_labels", 2.0),
+        ("num_labels", True),
+        ("layer_norm_epsilon", float("inf")),
+        ("layer_norm_epsilon", float("nan")),
+        ("layer_norm_epsilon", True),
+        ("initializer_range", "0.02"),
+        ("attn_pdrop", float("nan")),
+        ("attn_pdrop", True),
+        ("eos_token_id", True),
+        ("eos_token_id", 1.0),
+        ("eos_token_id", -1),
+        ("eos_token_id", []),
+        ("eos_token_id", [0, True]),
+        ("pad_token_id", -1),
+        ("pad_token_id", [0]),
+        ("bos_token_id", "0"),
+        ("use_cache", 1),
+        ("tie_word_embeddings", "false"),
+        ("tie_word_embeddings", None),
+        ("activation_function", ["gelu"]),
+        ("summary_type", ["last"]),
+        ("id2label", {"x": "y"}),
+        ("id2label", [1]),
+        ("dtype", "float7"),
+        ("dtype", 3),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_values_of_no_gpt2_are_refused_before_anything_is_built(field, value, tmp_path):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=rf"GPT2Config: .*{field}"):
+        GPT2Config(**{field: value})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"n_layer": 2, field: value}))
+    with pytest.raises(ValueError, match=rf"GPT2Config: .*{field}.*config\.json"):
+        GPT2Config.from_json_file(path)
+    assert time.perf_counter() - start < 1
+
+
+def test_the_weights_have_the_layers_before_they_are_built(tmp_path, monkeypatch):
+    marked(3).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_layer": 4000}))
+    monkeypatch.setattr("model.gpt2.Block.__init__", None)  # nothing is built
+    with pytest.raises(
+        ValueError, match=r"n_layer is 4000, but the weights end with h\.1; .* lacks h\.2 .*safetensors"
+    ):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", [None, {"n_layer": 1}, "gpt2"], ids=str)
+def test_a_model_takes_a_config_and_nothing_else(config):
+    with pytest.raises(TypeError, match=r"GPT2: config is .*; it must be a GPT2Config"):
+        GPT2(config)

@@ -387,7 +387,7 @@ def test_refuses_what_the_config_cannot_mean():
         heads.GPT2DoubleHeadsModel(tiny_config(summary_activation="sigmoid"))
     with pytest.raises(ValueError, match=r"need one score for each choice, but mc_logits are \(2, 48\); set summary_"):
         heads.GPT2DoubleHeadsModel(tiny_config(summary_use_proj=False))(IDS, mc_labels=torch.tensor([1]))
-    with pytest.raises(ValueError, match="num_labels is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="num_labels is 0; it must be from 1 to"):
         heads.GPT2ForTokenClassification(tiny_config(num_labels=0))
     with pytest.raises(ValueError, match="classifier_dropout is 2; it must be between 0 and 1"):
         GPT2Config(classifier_dropout=2)

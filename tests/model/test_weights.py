@@ -264,8 +264,8 @@ def test_damaged_shards_are_refused(ours, saved):
     with pytest.raises(ValueError, match=f"shard {shards[1].name} lacks .*, which .*index.json promises"):
         GPT2.from_pretrained(saved)
     index = saved / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"wte.weight": "../config.json"}}))
-    with pytest.raises(ValueError, match=r"names '../config.json'; a weights file must lie beside it"):
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names .../model\.safetensors.; a weights file must lie beside it"):
         GPT2.from_pretrained(saved)
     index.write_text("{")
     with pytest.raises(ValueError, match=r"index\.json is not JSON"):
