@@ -3,6 +3,26 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.install import install
+
+REFUSAL = (
+    "gpt2-triton is not installed by copying: its packages are called kernels, model, tokenizer and bench, as others "
+    "on PyPI are, and the copies would overwrite their files. Run it from its checkout, or link it: pip install -e ."
+)
+
+
+class NoWheel(bdist_wheel):
+    """An editable install needs the command, but does not run it."""
+
+    def run(self):
+        raise SystemExit(REFUSAL)
+
+
+class NoInstall(install):
+    def run(self):
+        raise SystemExit(REFUSAL)
+
 
 setup(
     name="gpt2-triton",
@@ -13,6 +33,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
+    cmdclass={"bdist_wheel": NoWheel, "install": NoInstall},
     packages=find_packages(include=["kernels*", "model*", "tokenizer*", "bench*"]),
     package_data={"tokenizer": ["vocab.bpe", "LICENSE*"], "kernels": ["**/*.md"]},
     install_requires=[
@@ -27,6 +48,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "setuptools>=70.1",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
             "hypothesis>=6.100",

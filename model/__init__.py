@@ -1,5 +1,9 @@
 """GPT-2 under Hugging Face's names: the models, the attention registry, generation."""
 
+from model.neighbours import require
+
+require("kernels")  # before anything imports it
+
 from model.attention import attention_backends, register_attention
 from model.config import GPT2Config
 from model.gpt2 import GPT2, GPT2LMHeadModel, GPT2Model

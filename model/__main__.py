@@ -19,6 +19,10 @@ from model import GPT2, GPT2Config
 from model.attention.outside import add_import_option
 from model.config import PRESETS
 from model.generation.streaming import TextStreamer
+from model.neighbours import require
+
+require("tokenizer")
+
 from tokenizer import GPT2Tokenizer
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended

@@ -2,8 +2,12 @@
 
 import ast
 import graphlib
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -125,3 +129,94 @@ def test_importing_loads_nothing_that_is_not_needed(package):
         "tokenizer",
         "bench",
     }
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A directory with the packages of other people that have the names of ours, installed."""
+    for package in MAY_IMPORT:
+        (tmp_path / "foreign" / package).mkdir(parents=True)
+        (tmp_path / "foreign" / package / "__init__.py").write_text("raise SystemExit('somebody else was imported')")
+    return tmp_path / "foreign"
+
+
+COMMANDS = [["-m", "model"], ["-m", "tokenizer"], ["bench/plots.py"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_checkouts_commands_run_where_others_have_its_names(command, foreign):
+    """A script found nothing without an installation, and somebody else's kernels where they were installed."""
+    result = subprocess.run(
+        [sys.executable, *command, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(foreign)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(("module", "package"), [("model", "kernels"), ("model.__main__", "tokenizer")])
+def test_somebody_elses_package_found_first_is_named_with_the_remedy(module, package, foreign):
+    for other in MAY_IMPORT.keys() - {package}:
+        shutil.rmtree(foreign / other)
+    code = f"import sys; sys.path[:0] = [{str(foreign)!r}, {str(ROOT)!r}]; import {module}"
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"ImportError: model needs the package {package} in {ROOT}, but Python finds another of that name, "
+        f"{foreign / package} (Hugging Face's is called kernels, too): run from {ROOT}, put that directory first in "
+        "PYTHONPATH, or use an environment without the other package"
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Builds from a copy of the checkout: hook of setuptools -> (the finished process, the directory of its result)."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *MAY_IMPORT):
+        source = ROOT / name
+        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy)
+
+    def build(hook):
+        out = copy / hook
+        code = f"from setuptools import build_meta; build_meta.{hook}({str(out)!r})"
+        out.mkdir()
+        return subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=120), out
+
+    return build
+
+
+def test_no_wheel_is_built(built):
+    """A wheel of ours would have overwritten the files of Hugging Face's kernels, and deleted them when uninstalled."""
+    result, out = built("build_wheel")
+    assert result.returncode != 0
+    assert "not installed by copying" in result.stderr
+    assert "pip install -e ." in result.stderr
+    assert not list(out.iterdir())
+
+
+def test_an_editable_install_links_the_packages_and_copies_none(built, tmp_path, foreign):
+    result, out = built("build_editable")
+    assert result.returncode == 0, result.stderr
+    [wheel] = out.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        assert all(name.startswith(("__editable__", "gpt2_triton-")) for name in archive.namelist())
+        archive.extractall(tmp_path / "site")
+    # -S: whatever links this environment has, perhaps to ROOT, are not followed.
+    code = f"""
+import site, sys
+sys.path[:0] = sys.argv[1:]
+sys.path.append({sysconfig.get_paths()["purelib"]!r})
+site.addsitedir({str(tmp_path / "site")!r})
+import model
+print(model.__file__)
+"""
+    for others, ending in (([], str(out.parent / "model" / "__init__.py")), ([foreign], "without the other package")):
+        shutil.rmtree(foreign / "model")
+        command = [sys.executable, "-I", "-S", "-c", code, *map(str, others)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (done.stdout + done.stderr).strip().endswith(ending)
+        (foreign / "model").mkdir()
