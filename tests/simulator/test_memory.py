@@ -59,8 +59,11 @@ def test_out_of_bounds_before_the_tensor_and_between_tensors():
 
 
 def test_threads_that_are_predicated_off_may_point_anywhere():
-    body = THREAD + "setp.lt.u32 %p1, %r1, 16;\nmad.wide.u32 %rd2, %r1, 4, %rd1;\n@%p1 ld.global.b32 %r2, [%rd2];"
-    launch(body, [tensor(X[:16])])
+    source, out = tensor(X[:16] + 1), tensor(np.zeros(32, np.uint32))
+    body = THREAD + "setp.lt.u32 %p1, %r1, 16;\nmad.wide.u32 %rd2, %r1, 4, %rd1;\n@%p1 ld.global.b32 %r2, [%rd2];\n"
+    body += "ld.param.u64 %rd1, [p1];\nmad.wide.u32 %rd2, %r1, 4, %rd1;\n@%p1 st.global.b32 [%rd2], %r2;"
+    launch(body, [source, out])
+    assert out.numpy().view(np.uint32).tolist() == [*range(1, 17), *[0] * 16]
 
 
 def test_misaligned():

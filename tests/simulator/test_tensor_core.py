@@ -313,9 +313,12 @@ def test_what_wgmma_needs_before_it(missing, message):
 
 
 def test_the_reader_may_fence_after_the_barrier_instead():
-    images, descriptors, _ = operands("bf16", True, True, 128, 16)
+    images, descriptors, product = operands("bf16", True, True, 128, 16)
+    out = tensor(np.zeros((128, 16), np.float32))
     body = prepare(descriptors) + BARRIER + PROXY + FENCE + wgmma("bf16", 16, ", 0, 0") + COMMIT + WAIT
-    launch(body, images, threads=128, shared=32768)
+    launch(body + store_words(100, 2, 16), [*images, out], threads=128, shared=32768)
+    got = unpack_accumulator(out.numpy().view(np.float32).reshape(128, 16))
+    np.testing.assert_allclose(got, product, rtol=1e-5, atol=1e-5)
 
 
 def test_copied_operands_need_the_fence_too_unless_the_compiler_never_writes_it():
@@ -365,8 +368,10 @@ def test_cp_async_fills_what_it_does_not_read_with_zeros():
 
 
 def test_cp_async_does_not_read_out_of_bounds_where_it_reads_nothing():
-    body = THREAD + COPY.format(size=0) + "cp.async.wait_all;\n"
-    launch(body, [tensor(DATA[:1])], threads=64)
+    out = tensor(np.ones((64, 4), np.uint32))
+    body = THREAD + COPY.format(size=0) + "cp.async.wait_all;\n" + BARRIER + READ + store_words(10, 1, 4)
+    launch(body, [tensor(DATA[:1]), out], threads=64)
+    assert not out.any()
 
 
 @pytest.mark.parametrize(
