@@ -7,7 +7,7 @@ Providers: eager (PyTorch's own functions), compiled (torch.compile of those), l
 installed and has the operation), triton (ours). On a CPU only eager is timed; ours is checked in Triton's interpreter,
 or in bf16 on a simulated A100, at a few rows, and not timed.
 
-`gb_per_s` is the least that an operation must move, by bytes(), over its time; `of_copy` sets it against a large copy
+`gb_per_s` is least_bytes(), what an operation must move, over its time; `of_copy` sets it against a large copy
 on the same device in the same run, which a memory-bound operation can reach (and on a CPU pass, where its tensors fit
 the caches). `backward` is the gradients of all inputs, the forward pass done before. Inputs are random normal;
 cross-entropy's N is the vocabulary, and its gradient a new tensor. Before a provider is timed its results are held
@@ -53,8 +53,8 @@ COLUMNS += ("gb_per_s", "of_copy", "peak_memory_mb", "error", "lane", "status")
 
 
 def _eager_add_layer_norm(x, residual, weight, bias):
-    sum = x + residual
-    return F.layer_norm(sum, weight.shape, weight, bias), sum
+    total = x + residual
+    return F.layer_norm(total, weight.shape, weight, bias), total
 
 
 # Each operation as PyTorch has it and as the specification of ours, which the gate takes in float64.
@@ -94,7 +94,7 @@ class Case:
         return inputs, [normal(M, N) for _ in range(gradients)]
 
 
-def bytes(mode, case):
+def least_bytes(mode, case):
     """The least that must cross memory: every [M, N] tensor read or written once (vectors are nothing beside them).
 
     layer_norm: x, y; backward dy, x, dx. add_layer_norm: x, residual, sum, y; backward dy, dsum, sum, and one gradient
@@ -234,7 +234,7 @@ def timed_rows(case, names, modes, device, copy, quick, lost=lambda name: None):
         for name, timing in measure(makes, device, quick=quick).items():
             passed[name].update(timing)
             if timing["median_ms"] is not None:
-                passed[name]["gb_per_s"] = bytes(mode, case) / timing["median_ms"] / 1e6
+                passed[name]["gb_per_s"] = least_bytes(mode, case) / timing["median_ms"] / 1e6
                 passed[name]["of_copy"] = passed[name]["gb_per_s"] / copy
     return rows
 
