@@ -14,7 +14,7 @@ from model.attention import attention, check_attention_name, self_attention, spl
 from model.cache import KVCache
 from model.checkpoints.pretrained import PretrainedModel
 from model.generation.generate import GenerationMixin
-from model.inputs import check_shape, lookup, new_tokens, padding_bounds
+from model.inputs import Padding, check_shape, lookup, new_tokens, padding_bounds
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
 from model.layers.norm import LayerNorm, add_norm
@@ -51,16 +51,17 @@ class Attention(nn.Module):
             "dropout_p": active_p(self.attn_dropout),
             "upcast": self.upcast,
         }
+        bounds = {"kv_start": padding.kv_start, "kv_end": padding.kv_end}
         qkv = self.c_attn(x)  # [B, T, 3C]
         if cache is None and not output_attentions:
-            y, weights = self_attention(qkv, self.num_heads, **options, **padding), None  # [B, T, C]
+            y, weights = self_attention(qkv, self.num_heads, **options, **bounds), None  # [B, T, C]
         else:
             q, k, v = split_heads(qkv, self.num_heads)  # each [B, H, T, D]
             options["return_weights"] = output_attentions
             if cache is None:
-                o, weights = attention(q, k, v, **options, **padding)
+                o, weights = attention(q, k, v, **options, **bounds)
             else:
-                o, weights = cache.attend(self.layer_idx, q, k, v, **options, **padding)
+                o, weights = cache.attend(self.layer_idx, q, k, v, padding.counts, **options)
             y = o.transpose(1, 2).flatten(2)  # [B, T, C], a view
         return self.c_proj(y), weights
 
@@ -113,7 +114,7 @@ class Block(nn.Module):
     def forward(self, x, *, attentions, **context):
         """x [B, T, C] to x [B, T, C]; the attention weights, or None, are appended to the list `attentions`.
 
-        context: backend, its name; padding, the bounds of attention; cache, a KVCache or None; output_attentions.
+        context: backend, its name; padding, a Padding; cache, a KVCache or None; output_attentions.
         """
         x, _, weights = self.fused(x, self.ln_1(x), None, **context)
         attentions.append(weights)
@@ -198,10 +199,9 @@ class GPT2Model(PretrainedModel):
         if use_cache and cache is None:
             cache = KVCache(config, B, capacity=T, device=self.device, dtype=_compute_dtype(self))
         if cache is None:
-            kv_start, kv_end = padding_bounds(attention_mask, B, T)
-            padding = {"kv_start": kv_start, "kv_end": kv_end}
+            padding = Padding(*padding_bounds(attention_mask, B, T))
         else:
-            padding = {"counts": new_tokens(attention_mask, B, T, cache)}
+            padding = Padding(counts=new_tokens(attention_mask, B, T, cache))
             cache.reserve(T)
 
         hidden_states, attentions = [], []
@@ -230,7 +230,7 @@ class GPT2Model(PretrainedModel):
             y = self.ln_f(x) if y is None else y
             hidden_states.append(y)
         if cache is not None:
-            cache.advance(padding["counts"])
+            cache.advance(padding.counts)
 
         output = BaseModelOutput(
             last_hidden_state=y,

@@ -1,6 +1,20 @@
 """What forward checks of its arguments, and how it reads them."""
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of each row are tokens: [kv_start, kv_end) without a cache, `counts` new ones with it.
+
+    kv_start, kv_end: [B] int32, or None where nothing is padded. counts: a list; what a cache holds it knows itself.
+    """
+
+    kv_start: torch.Tensor | None = None
+    kv_end: torch.Tensor | None = None
+    counts: list | None = None
 
 
 def padding_bounds(attention_mask, B, T):
