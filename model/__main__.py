@@ -85,7 +85,7 @@ def load(options):
 
 
 class Progress:
-    """A stopping criterion that stops nothing: it keeps what was said, and when, for the last line and for Ctrl-C."""
+    """A stopping criterion that never stops: it records when each token came, for the tokens/s of the last line."""
 
     def __init__(self, device):
         self.device = device
@@ -108,7 +108,7 @@ class Progress:
 
 
 class Teller(TextStreamer):
-    """Prints as it goes, unless silent, and keeps the text in case it is interrupted."""
+    """Streams to stdout, unless silent, and keeps the ids for what is printed after Ctrl-C."""
 
     def __init__(self, tokenizer, silent):
         super().__init__(tokenizer)
@@ -175,7 +175,7 @@ def run(options, prompts, model, tokenizer):
 
 
 def until_end(text, prompt_length, model):
-    """A row's ids up to its first end-of-text token, without the padding behind it."""
+    """A row's ids up to its first EOS token, inclusive, without padding."""
     end = model.config.eos_token_id
     return text[: text.index(end, prompt_length) + 1] if end in text[prompt_length:] else text
 

@@ -13,14 +13,14 @@ STEP = 256  # slots by which the cache grows
 
 
 class PerRow:
-    """A number for each row, kept on the host by its owner and here as int32 [B] on a device, always in one place."""
+    """One number per row: a list on the host, mirrored as int32 [B] on a device, at a fixed address."""
 
     def __init__(self, B, device):
         self.tensor = torch.zeros(B, dtype=torch.int32, device=device)
         self.known = [0] * B  # what the tensor holds; None: anything
 
     def of(self, numbers):
-        """The tensor, holding `numbers`. They are copied to it only where one number would not do."""
+        """The tensor, holding `numbers`; copied from the host only if no single fill or addition will do."""
         changes = [] if self.known is None else [new - old for new, old in zip(numbers, self.known)]
         if len(set(changes)) == 1:
             if changes[0]:
@@ -39,7 +39,7 @@ def grown_capacity(needed, n_positions):
 
 
 def next_places(lengths, T):
-    """Where the next T tokens go after lengths [B] int32: rows [B, 1] and slots [B, T], an index for store()."""
+    """Index, for store(), of the T slots after lengths [B] int32: rows [B, 1], slots [B, T]."""
     rows = torch.arange(len(lengths), device=lengths.device)[:, None]
     return rows, lengths.long()[:, None] + torch.arange(T, device=lengths.device)
 
@@ -53,8 +53,8 @@ class KVCache:
     """Keys and values of every layer, [n_layer, 2, B, H, capacity, D], read in place by attention.
 
     lengths: tokens held by each row. starts: the first token of each row that may be seen (left padding), or None.
-    one_query_at_a_time: on a CPU, attends from each new token by itself, so that several new tokens at once give the
-    bits that one after the other would.
+    one_query_at_a_time: on a CPU, computes attention for each new token separately, so that several at once are
+    bit-identical to one after the other.
     """
 
     def __init__(self, config, batch_size, *, capacity=STEP, device=None, dtype=None):
@@ -89,7 +89,7 @@ class KVCache:
         return self._places[1]
 
     def reserve(self, T):
-        """Makes room for T more tokens in the longest row, and finds out where they go, once for all layers.
+        """Makes room for T more tokens in the longest row and computes their slots, once for all layers.
 
         Raises ValueError where n_positions has no room.
         """
@@ -110,14 +110,14 @@ class KVCache:
             self._bounds["kv_start"] = self._on_device("starts")
 
     def move(self, data):
-        """Goes on in other memory: the tokens held are copied to `data`, which may have more slots."""
+        """Moves the cache to the memory `data`, which may have more slots; the tokens held are copied."""
         held = self.get_seq_length()
         data[..., :held, :].copy_(self.data[..., :held, :])
         data[..., held:, :].zero_()
         self.data = data
 
     def attend(self, layer, q, k, v, counts, **options):
-        """Stores k and v [B, H, T, D], and attends from q to all that the rows then hold.
+        """Appends k and v [B, H, T, D]; attention of q over all keys held.
 
         counts: how many of the T tokens of each row are tokens; the rest is padding on the right, whose o means
         nothing. Returns (o, weights), as `attention` does.
@@ -132,11 +132,11 @@ class KVCache:
         return attention(q, keys[:, :, :longest], values[:, :, :longest], **self._bounds, **options)
 
     def advance(self, counts):
-        """Counts the tokens that every layer has stored by now."""
+        """Adds counts to lengths, once every layer has stored its keys and values."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
 
     def crop(self, lengths):
-        """Forgets all tokens from `lengths` on (an int, or one per row); a negative number counts from the end."""
+        """Truncates rows to `lengths` (an int, or one per row); a negative number counts from the end."""
         lengths = [lengths] * self.batch_size if isinstance(lengths, int) else lengths
         self.lengths = [min(old, new if new >= 0 else old + new) for old, new in zip(self.lengths, lengths)]
 
@@ -150,12 +150,12 @@ class KVCache:
         self._forget_device()
 
     def reset(self):
-        """Forgets everything and keeps the memory."""
+        """Empties the cache and keeps its memory."""
         self.lengths = [0] * self.batch_size
         self.starts = None
 
     def row(self, b):
-        """A cache of row b alone, on the same memory until one of them grows; its lengths are its own."""
+        """A view of row b as a cache: shared memory until one of them grows, its own lengths."""
         view = object.__new__(KVCache)
         view.__dict__.update(self.__dict__, data=self.data[:, :, b : b + 1], lengths=[self.lengths[b]])
         view.starts = None if self.starts is None else [self.starts[b]]
@@ -163,7 +163,7 @@ class KVCache:
         return view
 
     def _forget_device(self):
-        """The rows are others now: what the device knew of them is void."""
+        """Drops the device copies, because the rows have changed."""
         self._per_row, self._places, self._bounds = {}, None, {}
 
     def _on_device(self, name):
@@ -183,7 +183,7 @@ class KVCache:
             store(held, new, self._places)
 
     def _attend_by_row(self, q, keys, values, counts, options):
-        """Each row by itself and at its own length, so that its result is the one it has alone, to the bit.
+        """Attention row by row, at each row's own length: bit-identical to the row alone (batch invariance).
 
         On a CPU a call costs microseconds; SDPA there divides the keys among threads by the number of rows.
         """

@@ -142,7 +142,7 @@ class Block(nn.Module):
 class GPT2Model(PretrainedModel):
     """The transformer without a head.
 
-    attn_implementation: "auto" or the name of a backend in model/attention.py.
+    attn_implementation: "auto" or the name of a registered backend (model/attention).
     kernel_implementation: "auto", "triton" or "torch", for LayerNorm, GELU and the loss: model/layers/ops.py.
     """
 
@@ -380,7 +380,7 @@ def _compute_dtype(model):
 
 
 def active_p(dropout):
-    """The probability with which a module nn.Dropout drops now."""
+    """The dropout probability in effect: 0 in eval mode."""
     return dropout.p if dropout.training else 0.0
 
 

@@ -21,7 +21,7 @@ class _Headed:
     """What these models share. `options` of their forwards are GPT2Model's: output_hidden_states, output_attentions."""
 
     def _hidden(self, ids, cache, mask, types, positions, embeds, use_cache, options):
-        """What GPT2Model returns for the inputs of a forward, in their order there."""
+        """GPT2Model's output for the inputs of a forward, in forward's order."""
         inputs = {"past_key_values": cache, "attention_mask": mask, "token_type_ids": types, "position_ids": positions}
         inputs.update(inputs_embeds=embeds, use_cache=use_cache)
         return self.transformer(ids, **{**inputs, **options, "return_dict": True})

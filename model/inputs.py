@@ -1,4 +1,4 @@
-"""What forward checks of its arguments, and how it reads them."""
+"""Validation of forward's arguments; padding from attention_mask."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Padding:
-    """Which tokens of each row are tokens: [kv_start, kv_end) without a cache, `counts` new ones with it.
+    """The valid tokens of each row: [kv_start, kv_end) without a cache; the first `counts` new ones with it.
 
     kv_start, kv_end: [B] int32, or None where nothing is padded. counts: a list; what a cache holds it knows itself.
     """
@@ -39,7 +39,7 @@ def padding_bounds(attention_mask, B, T):
 
 
 def new_tokens(attention_mask, B, T, cache):
-    """How many of T new tokens each row of a cache gets: a list. Left padding, known from the mask, goes to the cache.
+    """The number of valid tokens among T new ones, per row, as a list; left padding is stored in the cache.
 
     The cache remembers what it holds, so of a mask [B, past + T] only the last T columns are read.
     """
@@ -69,7 +69,7 @@ def check_shape(name, tensor, *allowed):
 
 
 def lookup(embedding, ids, name, limit):
-    """embedding(ids). Torch's own check on the CPU costs nothing more, so it is the one that we rely on."""
+    """embedding(ids); on a CPU, where torch checks anyway, an id out of range raises ValueError."""
     try:
         return embedding(ids)
     except IndexError as error:

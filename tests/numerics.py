@@ -1,4 +1,4 @@
-"""The tolerance rule, written once.
+"""The tolerance rule. bench/lib/gate.py has it for benchmarks; tests/bench/test_gate.py ties the two.
 
 A kernel may err at most a small multiple of what plain PyTorch errs in the same dtype on the same inputs; both errors
 are taken against a float64 oracle computed from the inputs already rounded to that dtype. The floor, two units in the

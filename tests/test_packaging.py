@@ -145,7 +145,7 @@ COMMANDS = [["-m", "model"], ["-m", "tokenizer"], ["bench/plots.py"]]
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_checkouts_commands_run_where_others_have_its_names(command, foreign):
-    """A script found nothing without an installation, and somebody else's kernels where they were installed."""
+    """Regression: without an installation a script found no package of ours, or somebody else's."""
     result = subprocess.run(
         [sys.executable, *command, "--help"],
         cwd=ROOT,
@@ -190,7 +190,7 @@ def built(tmp_path_factory):
 
 
 def test_no_wheel_is_built(built):
-    """A wheel of ours would have overwritten the files of Hugging Face's kernels, and deleted them when uninstalled."""
+    """Regression: a wheel of ours would overwrite Hugging Face's kernels, and uninstalling it would delete them."""
     result, out = built("build_wheel")
     assert result.returncode != 0
     assert "not installed by copying" in result.stderr

@@ -210,7 +210,7 @@ class Decoding:
         return torch.cat((prompt, new))
 
     def _align(self, found):
-        """Rows of (the prompt's length, ids) as one tensor [R, L] in which new tokens start in one column."""
+        """Rows of (prompt length, ids) as one tensor [R, L], left-padded so that new tokens start in one column."""
         width, new = self.width, max(len(row) - L for L, row in found)
         ids = torch.full((len(found), width + new), self.fill, device=found[0][1].device)
         for out, (L, row) in zip(ids, found):
@@ -218,7 +218,7 @@ class Decoding:
         return ids
 
     def _feed(self, rows, cache, every_position=False):
-        """Feeds each row its new ids: logits [R, V] of the last of them, or [R, T, V] of all."""
+        """A forward pass over each row's new ids: logits [R, V] of the last, or [R, T, V] of all."""
         self.forward_passes += 1
         lengths = [len(row) for row in rows]
         T = max(lengths)

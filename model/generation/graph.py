@@ -26,7 +26,7 @@ _capturing = threading.Lock()  # torch has one capture at a time, and ours have 
 
 
 def refusal(model, settings):
-    """Why the decode steps of this call of generate() cannot be replayed, in words, or None if they can."""
+    """Why this call of generate() cannot replay its decode steps, in words, or None if it can."""
     device, config = model.device, model.config
     if device.type not in DEVICES:
         return f"the model is on {device.type}"
@@ -76,7 +76,8 @@ def _side_stream(device):
 
 
 class DecodeStep:
-    """The step that is captured: one token for each of B rows. To the model it is the cache; see KVCache.
+    """The step that is captured: one token for each of B rows. Implements KVCache's interface, so the
+    forward pass is captured unchanged.
 
     ids [B, 1], lengths [B] int32 and data, as KVCache has it, go in; logits [B, V] fp32 come out; lengths advances.
     """
@@ -114,7 +115,7 @@ class DecodeStep:
 
 
 class DecodeGraph:
-    """A captured DecodeStep with its memory."""
+    """A captured DecodeStep and its memory."""
 
     def __init__(self, model, B, capacity):
         # Made in inference mode, its tensors could not be written outside of it.
@@ -153,7 +154,7 @@ class DecodeGraphs:
         self.kept, self.failed, self.told = {}, set(), set()
 
     def tell(self, reason, level=logging.INFO):
-        """Logs, once, why the ordinary step runs."""
+        """Logs, once per reason, why decoding runs without a graph."""
         if reason not in self.told:
             self.told.add(reason)
             logger.log(level, "generate: decoding without a CUDA graph: %s", reason)
@@ -239,7 +240,7 @@ class GraphedSteps:
 
 
 def _addresses(model):
-    """What a graph knows of the weights and buffers: where they are, and what they look like."""
+    """Addresses, dtypes, shapes and strides of all weights and buffers, which a captured graph relies on."""
     tensors = (*model.parameters(), *model.buffers())
     return tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in tensors)
 

@@ -1,7 +1,7 @@
-"""Speculative decoding without a second model: what followed the last words before is likely to follow them again.
+"""Prompt-lookup decoding: draft tokens from earlier n-gram matches, no draft model. Saxena 2023.
 
-Saxena 2023, "Prompt Lookup Decoding". A draft copied from the text is fed in one forward pass, which costs little more
-than one token's; the tokens that greedy decoding would have said anyway are kept.
+One forward pass, which costs little more than a single token's, verifies the whole draft; its tokens are kept as far as
+they are greedy decoding's.
 """
 
 import torch
@@ -12,9 +12,9 @@ LONGEST_MATCH = 3  # tokens of the text's end that are looked for earlier on
 
 
 def find_draft(ids, length):
-    """What followed an earlier occurrence of the end of ids [L]: at most `length` ids, perhaps none.
+    """At most `length` ids, perhaps none, that followed an earlier match of the last n-gram of ids [L].
 
-    The longest end that occurred decides, and then the latest occurrence with enough behind it.
+    The largest n with a match counts, and of its matches the latest that `length` ids follow, else the first.
     """
     for n in range(min(LONGEST_MATCH, len(ids) - 1), 0, -1):
         windows = ids[:-1].unfold(0, n, 1)  # [L - n, n], each with a successor
@@ -27,10 +27,10 @@ def find_draft(ids, length):
 
 
 def decode_with_lookup(logits, run, cache, prompt, *, budget, draft_length, processors, stops, emit):
-    """The tokens that greedy decoding gives: ids [at most budget].
+    """Greedy decoding's tokens: ids [at most budget].
 
-    logits [1, V] of the prompt's last position; run(ids [T]) -> logits [T, V] extends the cache; emit(ids [1]) is told
-    of each token.
+    logits [1, V] of the prompt's last position; run(ids [T]) -> logits [T, V] extends the cache; emit(ids [1]) is
+    called with each token.
     """
     cache.one_query_at_a_time = True  # on a CPU each new token then gets the bits that it gets alone
     start = len(prompt)

@@ -1,7 +1,7 @@
 """From logits to the next token: the processors of Hugging Face's generate, in its order, and sampling by row.
 
-A processor maps (ids [R, L], scores [R, V]) to scores; all rows of one call are equally long and hold no padding. None
-here makes a GPU's host wait: no tensor is made from host numbers, and no mask selects an unknown number of values.
+A processor maps (ids [R, L], scores [R, V]) to scores; the rows of one call have one length and no padding. No
+host-device sync: no tensor is made from host numbers, and no mask selects an unknown number of values.
 """
 
 import math
@@ -22,7 +22,7 @@ def repetition_penalty(penalty):
 
 
 def no_repeat_ngram(n):
-    """Forbids each token that would complete an n-gram for the second time."""
+    """Bans each token that would repeat an n-gram."""
 
     def process(ids, scores):
         L = ids.shape[1]
@@ -37,23 +37,23 @@ def no_repeat_ngram(n):
 
 
 def bad_words(sequences):
-    """Forbids each last token of a sequence of ids whose other tokens have just been said."""
+    """Bans the last token of each sequence of ids whose other tokens are the latest in the text."""
 
     def process(ids, scores):
         scores = scores.clone()
         for *prefix, last in sequences:
             if len(prefix) <= ids.shape[1]:
-                is_said = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+                matches = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
                 for back, token in enumerate(reversed(prefix), start=1):
-                    is_said &= ids[:, -back] == token
-                scores[:, last].masked_fill_(is_said, NEVER)
+                    matches &= ids[:, -back] == token
+                scores[:, last].masked_fill_(matches, NEVER)
         return scores
 
     return process
 
 
 def min_length(length, eos):
-    """Forbids the end of the text while there are fewer than `length` tokens."""
+    """Bans EOS below `length` tokens."""
 
     def process(ids, scores):
         if ids.shape[1] >= length:
@@ -71,13 +71,13 @@ def temperature(value):
 
 
 def top_k(k, at_least=1):
-    """Keeps the k best scores, `at_least` so many, and those equal to the last of them."""
+    """Keeps the k highest scores, at least `at_least`, and ties with the lowest of them."""
     k = max(k, at_least)
     return lambda scores: scores.masked_fill(scores < scores.topk(min(k, scores.shape[-1])).values[:, -1:], NEVER)
 
 
 def top_p(p, at_least=1):
-    """Keeps the fewest tokens, `at_least` so many, whose probability reaches p. Holtzman et al. 2019."""
+    """Nucleus sampling: the fewest likeliest tokens, at least `at_least`, with probability p. Holtzman et al. 2019."""
 
     def process(scores):
         ascending, order = scores.sort()
@@ -89,7 +89,7 @@ def top_p(p, at_least=1):
 
 
 def min_p(p, at_least=1):
-    """Keeps the tokens with at least p times the probability of the likeliest, and the `at_least` likeliest."""
+    """Keeps tokens of at least p times the highest probability, and the `at_least` likeliest."""
 
     def process(scores):
         probabilities = scores.softmax(-1)
@@ -133,7 +133,7 @@ def build_warpers(settings, at_least=1):
 
 
 def row_seeds(seed, rows, repeats):
-    """A seed for each of rows * repeats sequences; row r of a single seed s has s + r, as if it came alone with it."""
+    """One seed per sequence, rows * repeats of them; from a single seed s, sequence r has s + r."""
     if seed is None:
         return torch.randint(2**62, (rows * repeats,)).tolist()
     if isinstance(seed, int):
@@ -144,13 +144,13 @@ def row_seeds(seed, rows, repeats):
 
 
 def uniform_draws(seeds, steps, device):
-    """Numbers [R, steps] in [0, 1), one stream for each row: drawn at once and on the CPU, the same for each device."""
+    """Uniform numbers [R, steps] in [0, 1): a generator per row, on the CPU, so the same for every device."""
     draws = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(draws).double().to(device)
 
 
 def draw(scores, uniform):
-    """The token of each row at which the cumulative probability passes uniform [R]."""
+    """Inverse-CDF sampling: each row's first token whose cumulative probability exceeds uniform [R]."""
     cumulative = scores.double().softmax(-1).cumsum(-1)  # [R, V]
     # float32's largest number below 1, times the total, stays below the total: a token of probability 0 is never drawn.
     token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]

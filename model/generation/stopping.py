@@ -1,10 +1,10 @@
-"""What ends a text: eos tokens, stop strings, the caller's criteria."""
+"""Stopping criteria: EOS tokens, stop strings, the caller's own."""
 
 import torch
 
 
 class Stops:
-    """Whether rows of ids end here: at an eos token, a stop string, or by the caller's criteria."""
+    """Whether rows of ids end: with an EOS token, a stop string, or by the caller's criteria."""
 
     def __init__(self, eos, strings=None, tokenizer=None, criteria=None):
         self.eos = eos

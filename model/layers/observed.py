@@ -1,4 +1,4 @@
-"""Whether anybody looks at a module: then it is called as one, and nothing of it is fused with its neighbours."""
+"""Whether hooks observe a module: then it is called as one, and not fused with its neighbours."""
 
 from torch.nn.modules import module as torch_module
 

@@ -1,4 +1,4 @@
-"""oneDNN's matrix products, on a CPU the kind that batched decoding needs.
+"""Matrix products by oneDNN, for batched decoding on a CPU: a row's result is independent of the batch.
 
 BLAS chooses its kernel, and with it the order in which it sums, by the number of rows: a row's result in a batch of
 eight differs in its last bits from its result alone. oneDNN's result for a row depends on no other row, nor on their

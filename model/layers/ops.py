@@ -80,7 +80,7 @@ def linear_activation(x, linear, name, kernels):
 
 
 def _next_tokens(labels):
-    """Targets [B * T] for labels [B, T]: shifting the labels leaves the logits where they are."""
+    """Targets [B * T] from labels [B, T]: the labels are shifted, so that the logits need no copy."""
     return F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
 
 

@@ -41,7 +41,7 @@ def readme_example():
 
 
 class TestTheReadmesExample:
-    """It trained without dropout and decoded with the wrong mask, and said nothing."""
+    """Regression: it trained without dropout and decoded with the wrong mask, silently."""
 
     def test_computes_what_the_other_backends_compute(self):
         readme_example()
@@ -160,7 +160,7 @@ def test_wrong_names_are_refused():
 
 
 def test_what_the_cpu_cannot_run_is_not_recommended():
-    """A refusal on a CPU named triton, which then refused the CPU."""
+    """Regression: a refusal on a CPU recommended triton, which then refused the CPU."""
     q = torch.zeros(1, 1, 3, 8)
     with pytest.raises(ValueError, match=r"'flex' does not support device cpu .*could serve it: eager, sdpa$"):
         attention(q, q, q, backend="flex")
@@ -174,7 +174,7 @@ def test_triton_is_recommended_where_it_runs(lane):
 
 
 def test_auto_takes_a_backend_that_gives_weights_where_weights_are_wanted():
-    """It refused in the name of sdpa, which nobody had chosen."""
+    """Regression: auto refused output_attentions in the name of sdpa, which nobody had chosen."""
     model = tiny("auto")
     output = model(IDS, output_attentions=True)
     model.set_attn_implementation("eager")

@@ -332,7 +332,7 @@ class TestWhatIsKept:
         assert len(captures) == 3
 
     def test_a_module_without_weights_that_was_replaced_is_seen(self, captures, model):
-        """A graph was found by its weights alone, and went on with the old activation."""
+        """Regression: a graph was looked up by its weights alone, and the old activation was replayed."""
         before = say(model, UNIFORM)
         model.transformer.h[0].mlp.act = torch.nn.Sigmoid()
         after = assert_says_the_same(model, UNIFORM, max_new_tokens=12)
