@@ -1,8 +1,9 @@
 """Tile shapes, warps and pipeline stages per chip, head dim and direction: a table, no search at run time.
 
 Every row runs on its chips: it fits their shared memory and spills no register, which the compile lane asserts at the
-pinned Triton, with one exception that it names. Rows were chosen from compiled code (registers, spills, resident
-blocks), not from times, except where a comment above the row names the device on which bench/tune.py measured it.
+pinned Triton, with the exceptions that tests/kernels/test_attention.py lists. Rows were chosen from compiled code
+(registers, spills, resident blocks), not from times, except where a comment above the row names the device on which
+bench/tune.py measured it.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import triton
 
 from kernels.library import active_arch
 
-# What a section of heads may occupy of L2; the smallest supported chip's L2 with room to spare for queries and outputs.
+# What a group of heads may occupy of L2; the smallest supported chip's L2 with room to spare for queries and outputs.
 L2_BYTES = 16 * 2**20
 
 
@@ -107,11 +108,11 @@ def attention_config(direction, dtype, head_dim, dropout=False):
 
 @dataclass(frozen=True)
 class RowConfig:
-    """BLOCK_M rows a program, each as PIECES tiles of BLOCK_N columns; SUMS: with sums over rows beside them."""
+    """BLOCK_M rows a program, each as COLUMN_TILES tiles of BLOCK_N columns; SUMS: with sums over rows beside them."""
 
     BLOCK_M: int
     BLOCK_N: int
-    PIECES: int
+    COLUMN_TILES: int
     num_warps: int
     SUMS: bool = True
 
@@ -131,9 +132,9 @@ def row_config(direction, N):
     if direction == "backward" and budget < N:
         return RowConfig(1, 4096, triton.cdiv(N, 4096), 16, SUMS=False)
     BLOCK_N = min(256 * max(1, triton.next_power_of_2(N) // one_warp), max(16, triton.next_power_of_2(N)))
-    PIECES = triton.cdiv(N, BLOCK_N)
-    rows = max(1, budget // (BLOCK_N * PIECES))
-    return RowConfig(min(16, 2 ** (rows.bit_length() - 1)), BLOCK_N, PIECES, 8)
+    COLUMN_TILES = triton.cdiv(N, BLOCK_N)
+    rows = max(1, budget // (BLOCK_N * COLUMN_TILES))
+    return RowConfig(min(16, 2 ** (rows.bit_length() - 1)), BLOCK_N, COLUMN_TILES, 8)
 
 
 @dataclass(frozen=True)

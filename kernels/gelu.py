@@ -52,9 +52,9 @@ def _gelu_gradient(u):
 
 @triton.jit
 def _gelu_forward_kernel(
-    x_ptr,
-    bias_ptr,
-    y_ptr,
+    x_ptr,  # [M, N]
+    bias_ptr,  # [N] or None
+    y_ptr,  # [M, N]
     stride_x,
     M,
     N,
@@ -68,17 +68,17 @@ def _gelu_forward_kernel(
     u = tl.load(x_ptr + rows * stride_x + offs_n[None, :], mask=mask).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     if bias_ptr is not None:
         u += tl.load(bias_ptr + offs_n, mask=offs_n < N)[None, :].to(tl.float32)  # [1, BLOCK_N]
-    y = _gelu(u).to(y_ptr.dtype.element_ty)
+    y = _gelu(u).to(y_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
     tl.store(y_ptr + rows * N + offs_n[None, :], y, mask=mask)  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit
 def _gelu_backward_kernel(
-    dy_ptr,
-    x_ptr,
-    bias_ptr,
-    dx_ptr,
-    partial_ptr,
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, N]
+    bias_ptr,  # [N] or None
+    dx_ptr,  # [M, N]
+    partial_ptr,  # [1, programs, N] fp32: dbias; or None
     stride_dy,
     stride_x,
     M,
@@ -98,7 +98,7 @@ def _gelu_backward_kernel(
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         dy = tl.load(dy_ptr + rows * stride_dy + offs_n[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
         u = tl.load(x_ptr + rows * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32) + bias
-        dx = dy.to(tl.float32) * _gelu_gradient(u)
+        dx = dy.to(tl.float32) * _gelu_gradient(u)  # [BLOCK_M, BLOCK_N]
         tl.store(dx_ptr + rows * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dbias += dx
     if bias_ptr is not None:

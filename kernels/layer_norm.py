@@ -1,11 +1,11 @@
 """LayerNorm, alone or with the residual addition before it, forward and backward.
 
-    sum  = residual + dropout(x)                   x itself where there is no residual
+    total  = residual + dropout(x)                   x itself where there is no residual
     y_j  = (sum_j - mean) rstd weight_j + bias_j   mean over the N columns, rstd = 1 / sqrt(variance + eps)
 
-and with  x_hat = (sum - mean) rstd,  g = weight dy,  both [N]:
+and with  x_hat = (total - mean) rstd,  g = weight dy,  both [N]:
 
-    dsum    = rstd (g - mean(g) - x_hat mean(g x_hat)) + what flows into sum from elsewhere
+    dtotal    = rstd (g - mean(g) - x_hat mean(g x_hat)) + what flows into total from elsewhere
     dweight = sum over rows of dy x_hat,  dbias = sum over rows of dy
 
 (Ba, Kiros and Hinton, 2016.) Rows stay in registers between their statistics and their use, so each tensor crosses
@@ -14,7 +14,7 @@ zero but for rounding, is subtracted and stored as well (mean is a pair: [2, M])
 1e-2 loses nothing to its mean, forward or backward.
 
 Bytes, least, for M rows of e bytes an element: forward 2 M N e (add: 4 M N e), weight, bias 2 N e, mean, rstd 12 M;
-backward 3 M N e (4 with a second gradient into sum, one more with dropout), weight, dweight, dbias 3 N e, mean, rstd
+backward 3 M N e (4 with a second gradient into total, one more with dropout), weight, dweight, dbias 3 N e, mean, rstd
 12 M. Above that the kernels read weight and bias once per program, and write and read 2 P N fp32 of partial sums, P at
 most rows.PARTIAL_ROWS. FLOPs: about 8 a forward element, 12 a backward one; memory decides.
 """
@@ -23,16 +23,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.tiles import _keep
 from kernels.checks import check_device, check_dropout, check_dtype, check_same, refuse_second_derivative
 from kernels.configs import row_config
+from kernels.dropout import dropout_mask, dropout_numbers
 from kernels.library import define_op, device_of
 from kernels.rows import (
     PARTIAL_ROWS,
-    _load_piece,
-    _load_vector_piece,
+    _load_tile,
+    _load_vector_tile,
     _store_partial,
-    _store_piece,
+    _store_tile,
     as_rows,
     check_vector,
     column_sums,
@@ -46,22 +46,22 @@ MAX_WIDTH = 16384
 def _dropout(
     x, seed_ptr, offs_m, keep_scale, drop_below, i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Piece i of rows offs_m after dropout, whose choice depends on nothing but the seed, the row and the column."""
-    keep = _keep(tl.load(seed_ptr), tl.full([], 0, tl.uint32), offs_m, i * BLOCK_N, drop_below, BLOCK_M, BLOCK_N)
+    """Column tile i of rows offs_m after dropout, whose mask depends on the seed, the row and the column alone."""
+    keep = dropout_mask(tl.load(seed_ptr), tl.full([], 0, tl.uint32), offs_m, i * BLOCK_N, drop_below, BLOCK_M, BLOCK_N)
     return tl.where(keep, x * keep_scale, 0.0)
 
 
 @triton.jit
 def _layer_norm_forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    seed_ptr,
-    sum_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
+    x_ptr,  # [M, N]
+    residual_ptr,  # [M, N] or None
+    weight_ptr,  # [N]
+    bias_ptr,  # [N]
+    seed_ptr,  # [1] int64 or None
+    total_ptr,  # [M, N] or None
+    y_ptr,  # [M, N]
+    mean_ptr,  # [2, M] fp32: the mean, and what rounding left in it
+    rstd_ptr,  # [M] fp32
     stride_x,
     stride_residual,
     M,
@@ -71,48 +71,48 @@ def _layer_norm_forward_kernel(
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PIECES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pieces = ()
+    tiles = ()
     weight = ()
     bias = ()
-    for i in tl.static_range(PIECES):
-        x = _load_piece(x_ptr, offs_m, stride_x, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    for i in tl.static_range(COLUMN_TILES):
+        x = _load_tile(x_ptr, offs_m, stride_x, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         if residual_ptr is not None:
-            residual = _load_piece(residual_ptr, offs_m, stride_residual, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            residual = _load_tile(residual_ptr, offs_m, stride_residual, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
             if seed_ptr is not None:
                 x = _dropout(x, seed_ptr, offs_m, keep_scale, drop_below, i, BLOCK_M, BLOCK_N)
-            # y is the norm of the stored sum, which backward reads.
-            x = (residual.to(tl.float32) + x).to(sum_ptr.dtype.element_ty)
-            _store_piece(sum_ptr, x, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            # y is the norm of the stored total, which backward reads.
+            x = (residual.to(tl.float32) + x).to(total_ptr.dtype.element_ty)
+            _store_tile(total_ptr, x, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
             x = x.to(tl.float32)
-        pieces += (x,)
-        weight += (_load_vector_piece(weight_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
-        bias += (_load_vector_piece(bias_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
+        tiles += (x,)
+        weight += (_load_vector_tile(weight_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
+        bias += (_load_vector_tile(bias_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
 
-    total = pieces[0]
-    for i in tl.static_range(1, PIECES):
-        total += pieces[i]
-    mean = tl.sum(total, 1) / N  # [BLOCK_M]
+    acc = tiles[0]
+    for i in tl.static_range(1, COLUMN_TILES):
+        acc += tiles[i]
+    mean = tl.sum(acc, 1) / N  # [BLOCK_M]
 
     centred = ()
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.static_range(PIECES):
-        x = pieces[i] - mean[:, None]
+    for i in tl.static_range(COLUMN_TILES):
+        x = tiles[i] - mean[:, None]
         if (i + 1) * BLOCK_N > N:
             x = tl.where((i * BLOCK_N + tl.arange(0, BLOCK_N) < N)[None, :], x, 0.0)
         centred += (x,)
-        total += x
+        acc += x
         squares += x * x
-    rest = tl.sum(total, 1) / N  # what rounding left in the mean
-    rstd = tl.rsqrt(tl.sum(squares, 1) / N - rest * rest + eps)
+    rest = tl.sum(acc, 1) / N  # [BLOCK_M], what rounding left in the mean
+    rstd = tl.rsqrt(tl.sum(squares, 1) / N - rest * rest + eps)  # [BLOCK_M]
 
-    for i in tl.static_range(PIECES):
+    for i in tl.static_range(COLUMN_TILES):
         x_hat = (centred[i] - rest[:, None]) * rstd[:, None]
         y = x_hat * weight[i].to(tl.float32) + bias[i].to(tl.float32)
-        _store_piece(y_ptr, y, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+        _store_tile(y_ptr, y, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
     tl.store(mean_ptr + offs_m, mean, mask=offs_m < M)
     tl.store(mean_ptr + M + offs_m, rest, mask=offs_m < M)
     tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < M)
@@ -120,18 +120,18 @@ def _layer_norm_forward_kernel(
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    dy_ptr,
-    dsum_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    seed_ptr,
-    dresidual_ptr,
-    dx_ptr,
-    partial_ptr,
+    dy_ptr,  # [M, N]
+    dtotal_ptr,  # [M, N] or None
+    x_ptr,  # [M, N]: total, or x where there is no residual
+    weight_ptr,  # [N]
+    mean_ptr,  # [2, M] fp32
+    rstd_ptr,  # [M] fp32
+    seed_ptr,  # [1] int64 or None
+    dresidual_ptr,  # [M, N]
+    dx_ptr,  # [M, N] or None
+    partial_ptr,  # [2, programs, N] fp32: dweight, dbias
     stride_dy,
-    stride_dsum,
+    stride_dtotal,
     stride_x,
     M,
     keep_scale,
@@ -139,24 +139,24 @@ def _layer_norm_backward_kernel(
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PIECES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     weight = ()
     dweight = ()
     dbias = ()
-    for i in tl.static_range(PIECES):
-        weight += (_load_vector_piece(weight_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
+    for i in tl.static_range(COLUMN_TILES):
+        weight += (_load_vector_tile(weight_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
         if SUMS:
             dweight += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
             dbias += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
 
     for m in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        rest = tl.load(mean_ptr + M + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
+        rest = tl.load(mean_ptr + M + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
+        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
 
         x_hat = ()
         g = ()
@@ -166,9 +166,9 @@ def _layer_norm_backward_kernel(
         dbias = ()
         total_g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total_gx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for i in tl.static_range(PIECES):
-            dy = _load_piece(dy_ptr, offs_m, stride_dy, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-            x = _load_piece(x_ptr, offs_m, stride_x, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        for i in tl.static_range(COLUMN_TILES):
+            dy = _load_tile(dy_ptr, offs_m, stride_dy, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            x = _load_tile(x_ptr, offs_m, stride_x, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
             x_hat += ((x - mean - rest) * rstd,)
             g += (dy * weight[i].to(tl.float32),)  # zero outside [M, N], as dy is
             total_g += g[i]
@@ -176,20 +176,22 @@ def _layer_norm_backward_kernel(
             if SUMS:
                 dweight += (dweight_before[i] + dy * x_hat[i],)
                 dbias += (dbias_before[i] + dy,)
-        mean_g = tl.sum(total_g, 1)[:, None] / N
-        mean_gx = tl.sum(total_gx, 1)[:, None] / N
+        mean_g = tl.sum(total_g, 1)[:, None] / N  # [BLOCK_M, 1]
+        mean_gx = tl.sum(total_gx, 1)[:, None] / N  # [BLOCK_M, 1]
 
-        for i in tl.static_range(PIECES):
+        for i in tl.static_range(COLUMN_TILES):
             d = (g[i] - mean_g - x_hat[i] * mean_gx) * rstd
-            if dsum_ptr is not None:
-                d += _load_piece(dsum_ptr, offs_m, stride_dsum, M, i, N, BLOCK_N).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-            _store_piece(dresidual_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            if dtotal_ptr is not None:
+                d += _load_tile(dtotal_ptr, offs_m, stride_dtotal, M, i, N, BLOCK_N).to(
+                    tl.float32
+                )  # [BLOCK_M, BLOCK_N]
+            _store_tile(dresidual_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
             if seed_ptr is not None:
                 d = _dropout(d, seed_ptr, offs_m, keep_scale, drop_below, i, BLOCK_M, BLOCK_N)
-                _store_piece(dx_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+                _store_tile(dx_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
 
     if SUMS:
-        for i in tl.static_range(PIECES):
+        for i in tl.static_range(COLUMN_TILES):
             offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             _store_partial(partial_ptr, tl.sum(dweight[i], 0), 0, pid, tl.num_programs(0), offs_n, N)
             _store_partial(partial_ptr, tl.sum(dbias[i], 0), 1, pid, tl.num_programs(0), offs_n, N)
@@ -197,11 +199,11 @@ def _layer_norm_backward_kernel(
 
 @triton.jit
 def _weight_gradients_kernel(
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    partial_ptr,
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, N]
+    mean_ptr,  # [2, M] fp32
+    rstd_ptr,  # [M] fp32
+    partial_ptr,  # [2, programs, N] fp32: dweight, dbias
     stride_dy,
     stride_x,
     M,
@@ -218,28 +220,26 @@ def _weight_gradients_kernel(
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        dy = tl.load(dy_ptr + rows * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + rows * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        rest = tl.load(mean_ptr + M + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        dy = tl.load(dy_ptr + rows * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )  # [BLOCK_M, BLOCK_N]
+        x = tl.load(x_ptr + rows * stride_x + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )  # [BLOCK_M, BLOCK_N]
+        mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
+        rest = tl.load(mean_ptr + M + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
+        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
         dweight += dy * (x - mean - rest) * rstd
         dbias += dy
     _store_partial(partial_ptr, tl.sum(dweight, 0), 0, p, tl.num_programs(1), offs_n, N)
     _store_partial(partial_ptr, tl.sum(dbias, 0), 1, p, tl.num_programs(1), offs_n, N)
 
 
-def _dropout_numbers(dropout_p):
-    """keep_scale and drop_below: dropout_p rounded to a multiple of 1 / 65536, as _keep decides."""
-    drop_below = round(dropout_p * 65536)
-    return 65536 / (65536 - drop_below), drop_below
-
-
 def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
-    """y, and sum or None without a residual, [M, N]; mean [2, M] (itself and the rest) and rstd [M], both fp32."""
+    """y, and total or None without a residual, [M, N]; mean [2, M] (itself and the rest) and rstd [M], both fp32."""
     M, N = x.shape
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    sum = None if residual is None else torch.empty_like(y)
+    total = None if residual is None else torch.empty_like(y)
     mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in ((2, M), (M,)))
     if M:
         config = row_config("forward", N)
@@ -250,7 +250,7 @@ def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
                 weight,
                 bias,
                 seed,
-                sum,
+                total,
                 y,
                 mean,
                 rstd,
@@ -258,18 +258,18 @@ def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
                 0 if residual is None else residual.stride(0),
                 M,
                 eps,
-                *_dropout_numbers(dropout_p),
+                *dropout_numbers(dropout_p),
                 N=N,
                 BLOCK_M=config.BLOCK_M,
                 BLOCK_N=config.BLOCK_N,
-                PIECES=config.PIECES,
+                COLUMN_TILES=config.COLUMN_TILES,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
             )
-    return y, sum, mean, rstd
+    return y, total, mean, rstd
 
 
-def _launch_layer_norm_backward(dy, dsum, x, weight, mean, rstd, seed, dropout_p):
+def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout_p):
     """dresidual [M, N], dx [M, N] (None without a seed), and dweight and dbias as one [2, N]."""
     M, N = x.shape
     dresidual = torch.empty(M, N, dtype=x.dtype, device=x.device)
@@ -281,7 +281,7 @@ def _launch_layer_norm_backward(dy, dsum, x, weight, mean, rstd, seed, dropout_p
         with device_of(x):
             _layer_norm_backward_kernel[(programs,)](
                 dy,
-                dsum,
+                dtotal,
                 x,
                 weight,
                 mean,
@@ -291,14 +291,14 @@ def _launch_layer_norm_backward(dy, dsum, x, weight, mean, rstd, seed, dropout_p
                 dx,
                 partial,
                 dy.stride(0),
-                0 if dsum is None else dsum.stride(0),
+                0 if dtotal is None else dtotal.stride(0),
                 x.stride(0),
                 M,
-                *_dropout_numbers(dropout_p),
+                *dropout_numbers(dropout_p),
                 N=N,
                 BLOCK_M=config.BLOCK_M,
                 BLOCK_N=config.BLOCK_N,
-                PIECES=config.PIECES,
+                COLUMN_TILES=config.COLUMN_TILES,
                 SUMS=config.SUMS,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
@@ -352,14 +352,14 @@ def _add_forward_fake(x, residual, weight, bias, seed, eps, dropout_p):
     return y, torch.empty_like(y), mean, rstd
 
 
-def _add_backward(dy, dsum, sum, weight, mean, rstd, seed, dropout_p):
-    dresidual, dx, dparameters = _launch_layer_norm_backward(dy, dsum, sum, weight, mean, rstd, seed, dropout_p)
-    return dresidual, sum.new_empty(0) if dx is None else dx, dparameters
+def _add_backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p):
+    dresidual, dx, dparameters = _launch_layer_norm_backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p)
+    return dresidual, total.new_empty(0) if dx is None else dx, dparameters
 
 
-def _add_backward_fake(dy, dsum, sum, weight, mean, rstd, seed, dropout_p):
-    dx = sum.new_empty(0 if seed is None else sum.shape)
-    return torch.empty_like(sum), dx, weight.new_empty(2, *weight.shape)
+def _add_backward_fake(dy, dtotal, total, weight, mean, rstd, seed, dropout_p):
+    dx = total.new_empty(0 if seed is None else total.shape)
+    return torch.empty_like(total), dx, weight.new_empty(2, *weight.shape)
 
 
 layer_norm_forward = define_op(
@@ -379,7 +379,7 @@ add_layer_norm_forward = define_op(
     _add_forward_fake,
 )
 add_layer_norm_backward = define_op(
-    "add_layer_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd, "
+    "add_layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
     "Tensor? seed, float dropout_p) -> (Tensor, Tensor, Tensor)",
     _add_backward,
     _add_backward_fake,
@@ -403,19 +403,19 @@ class _LayerNorm(torch.autograd.Function):
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p):
-        y, sum, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p)
-        ctx.save_for_backward(sum, weight, mean, rstd, seed)
+        y, total, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p)
+        ctx.save_for_backward(total, weight, mean, rstd, seed)
         ctx.dropout_p = dropout_p
-        ctx.set_materialize_grads(False)  # where only y is used, no zeros are read for sum
-        return y, sum
+        ctx.set_materialize_grads(False)  # where only y is used, no zeros are read for total
+        return y, total
 
     @staticmethod
-    def backward(ctx, dy, dsum):
+    def backward(ctx, dy, dtotal):
         refuse_second_derivative("add_layer_norm")
-        sum, *saved, seed = ctx.saved_tensors
-        dy = torch.zeros_like(sum) if dy is None else unit_stride(dy)
-        dsum = None if dsum is None else unit_stride(dsum)
-        dresidual, dx, dparameters = add_layer_norm_backward(dy, dsum, sum, *saved, seed, ctx.dropout_p)
+        total, *saved, seed = ctx.saved_tensors
+        dy = torch.zeros_like(total) if dy is None else unit_stride(dy)
+        dtotal = None if dtotal is None else unit_stride(dtotal)
+        dresidual, dx, dparameters = add_layer_norm_backward(dy, dtotal, total, *saved, seed, ctx.dropout_p)
         return dresidual if seed is None else dx, dresidual, *dparameters.unbind(), None, None, None
 
 
@@ -442,9 +442,9 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropout_seed=None):
-    """(y, sum): sum = residual + dropout(x), and y its LayerNorm, in one pass; differentiable once.
+    """(y, total): total = residual + dropout(x), and y its LayerNorm, in one pass; differentiable once.
 
-    x, residual: [..., N] of one shape; otherwise as layer_norm's x. sum is rounded to their dtype, and y is its norm.
+    x, residual: [..., N] of one shape; otherwise as layer_norm's x. total is rounded to their dtype, and y is its norm.
     dropout_p: probability that dropout zeroes an element of x, in [0, 1), rounded to a multiple of 1 / 65536.
     dropout_seed: int64 [1] on x's device; drawn from torch's generator there unless given.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
@@ -458,5 +458,5 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropou
         )
     _check_parameters(function, x, weight, bias)
     seed = check_dropout(function, x, dropout_p, dropout_seed)
-    y, sum = _AddLayerNorm.apply(rows, residual_rows, weight, bias, seed, float(eps), float(dropout_p))
-    return y.view(x.shape), sum.view(x.shape)
+    y, total = _AddLayerNorm.apply(rows, residual_rows, weight, bias, seed, float(eps), float(dropout_p))
+    return y.view(x.shape), total.view(x.shape)

@@ -83,7 +83,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, keep=None):
-    """(y, sum): sum = residual + dropout(x), and y the LayerNorm of the sum as it is stored.
+    """(y, total): total = residual + dropout(x), and y the LayerNorm of the total as it is stored.
 
     keep, bool, stands in for the random choice of dropout.
     """
@@ -91,8 +91,8 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, keep=N
         x = x * keep / (1.0 - dropout_p)
     elif dropout_p:
         x = torch.nn.functional.dropout(x, dropout_p)
-    sum = residual + x
-    return layer_norm(sum, weight, bias, eps), sum
+    total = residual + x
+    return layer_norm(total, weight, bias, eps), total
 
 
 def bias_gelu(x, bias):

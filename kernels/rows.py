@@ -1,8 +1,8 @@
 """What the row-wise kernels share: a row held in registers, sums over columns, rows as the kernels take them.
 
-A row of N columns is PIECES tiles of BLOCK_N side by side, so that a width that is no power of two (768 = 3 * 256,
-1600 = 6.25 * 256) leaves at most a part of the last piece idle, where one padded tile would leave up to half of all
-lanes. N is constexpr: whole pieces need no mask.
+A row of N columns is COLUMN_TILES tiles of BLOCK_N side by side, so that a width that is no power of two (768 = 3 * 256
+and 1600 = 6.25 * 256) leaves at most a part of the last tile idle, where one padded tile would leave up to half of all
+lanes. N is constexpr: whole tiles need no mask.
 
 Sums over rows (dweight, dbias) are taken by P programs, at most PARTIAL_ROWS, each into one row of a [P, N] tensor in
 fp32, and a second kernel adds those up: no atomics, and an order that depends on the shape alone.
@@ -22,14 +22,14 @@ PARTIAL_ROWS = 128
 
 @triton.jit
 def _offsets(offs_m, stride, i: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of piece i of rows offs_m, [len(offs_m), BLOCK_N]."""
+    """Offsets of column tile i of rows offs_m, [len(offs_m), BLOCK_N]."""
     offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
     return offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :]
 
 
 @triton.jit
 def _inside(offs_m, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where piece i of rows offs_m lies inside [M, N]; broadcasts to [len(offs_m), BLOCK_N]."""
+    """Where column tile i of rows offs_m lies inside [M, N]; broadcasts to [len(offs_m), BLOCK_N]."""
     inside = (offs_m < M)[:, None]
     if (i + 1) * BLOCK_N > N:
         inside = inside & (i * BLOCK_N + tl.arange(0, BLOCK_N) < N)[None, :]
@@ -37,21 +37,21 @@ def _inside(offs_m, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load_piece(ptr, offs_m, stride, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Piece i of rows offs_m as stored, [len(offs_m), BLOCK_N]; zero outside [M, N]."""
+def _load_tile(ptr, offs_m, stride, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Column tile i of rows offs_m as stored, [len(offs_m), BLOCK_N]; zero outside [M, N]."""
     return tl.load(ptr + _offsets(offs_m, stride, i, BLOCK_N), mask=_inside(offs_m, M, i, N, BLOCK_N), other=0.0)
 
 
 @triton.jit
-def _store_piece(ptr, piece, offs_m, stride, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Stores [len(offs_m), BLOCK_N] as piece i of rows offs_m, rounded to the tensor's dtype."""
-    value = piece.to(ptr.dtype.element_ty)
+def _store_tile(ptr, tile, offs_m, stride, M, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Stores [len(offs_m), BLOCK_N] as column tile i of rows offs_m, rounded to the tensor's dtype."""
+    value = tile.to(ptr.dtype.element_ty)
     tl.store(ptr + _offsets(offs_m, stride, i, BLOCK_N), value, mask=_inside(offs_m, M, i, N, BLOCK_N))
 
 
 @triton.jit
-def _load_vector_piece(ptr, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Piece i of a vector [N] as stored, [1, BLOCK_N]; zero beyond N."""
+def _load_vector_tile(ptr, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Column tile i of a vector [N] as stored, [1, BLOCK_N]; zero beyond N."""
     offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
     return tl.load(ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
 

@@ -26,14 +26,14 @@ MERGED_AT_ONCE = 8
 
 @triton.jit
 def _attention_decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_ptr,  # [B, H, T_q, HEAD_DIM]
+    k_ptr,  # [B, H, T_k, HEAD_DIM]
+    v_ptr,  # [B, H, T_k, HEAD_DIM]
     partial_ptr,  # [B, H, splits, T_q, BLOCK_D] fp32: acc of each split
     lse_ptr,  # [B, H, splits, T_q] fp32, log2 units
-    kv_start_ptr,
-    kv_end_ptr,
-    q_start_ptr,
+    kv_start_ptr,  # [B] int32 or None
+    kv_end_ptr,  # [B] int32 or None
+    q_start_ptr,  # [B] int32 or None
     stride_qb,
     stride_qh,
     stride_qt,
@@ -68,16 +68,17 @@ def _attention_decode_kernel(
     v_ptr += b * stride_vb + h * stride_vh + first_key * stride_vt
     k = _load_rows(k_ptr, offs_n, stride_kt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [SPLIT, BLOCK_D]
     v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [SPLIT, BLOCK_D]
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)
+    q_ptr += b * stride_qb + h * stride_qh
+    q = _load_rows(q_ptr, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
 
     if BLOCK_M == 1:
         s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]  # [1, SPLIT]
     else:
         s = tl.dot(q, tl.trans(k), input_precision=DOT_PRECISION)  # [BLOCK_M, SPLIT]
     s = tl.where(_visible(offs_m[:, None], offs_n[None, :], num_keys, diagonal, IS_CAUSAL), s, float("-inf"))
-    m_i = tl.max(s, 1) * scale_log2
+    m_i = tl.max(s, 1) * scale_log2  # [BLOCK_M]
     m_shift = tl.where(m_i == float("-inf"), 0.0, m_i)
-    p = tl.math.exp2(s * scale_log2 - m_shift[:, None])
+    p = tl.math.exp2(s * scale_log2 - m_shift[:, None])  # [BLOCK_M, SPLIT]
     l_i = tl.sum(p, 1)
     l_i = tl.where(l_i > 0, l_i, 1.0)
     if BLOCK_M == 1:
@@ -93,12 +94,12 @@ def _attention_decode_kernel(
 
 @triton.jit
 def _attention_merge_kernel(
-    partial_ptr,
-    split_lse_ptr,
-    o_ptr,
-    lse_ptr,
-    kv_start_ptr,
-    kv_end_ptr,
+    partial_ptr,  # [B, H, splits, T_q, BLOCK_D] fp32
+    split_lse_ptr,  # [B, H, splits, T_q] fp32, log2 units
+    o_ptr,  # [B, H, T_q, HEAD_DIM]
+    lse_ptr,  # [B, H, T_q] fp32, log2 units
+    kv_start_ptr,  # [B] int32 or None
+    kv_end_ptr,  # [B] int32 or None
     stride_ob,
     stride_oh,
     stride_ot,
@@ -125,23 +126,24 @@ def _attention_merge_kernel(
     for first in tl.range(0, filled, BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
         row = (head * num_splits + offs_s) * T_q + i
-        lse = tl.load(split_lse_ptr + row, mask=offs_s < filled, other=float("-inf"))
-        partial = tl.load(partial_ptr + row[:, None] * BLOCK_D + offs_d, mask=(offs_s < filled)[:, None], other=0.0)
+        lse = tl.load(split_lse_ptr + row, mask=offs_s < filled, other=float("-inf"))  # [BLOCK_S]
+        ptrs = partial_ptr + row[:, None] * BLOCK_D + offs_d
+        partial = tl.load(ptrs, mask=(offs_s < filled)[:, None], other=0.0)  # [BLOCK_S, BLOCK_D]
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         m_shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.math.exp2(lse - m_shift)
+        weight = tl.math.exp2(lse - m_shift)  # [BLOCK_S]
         alpha = tl.math.exp2(m_i - m_shift)
         l_i = l_i * alpha + tl.sum(weight, 0)
         acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
         m_i = m_new
     l_i = tl.where(l_i > 0, l_i, 1.0)
-    o = acc / l_i
+    o = acc / l_i  # [BLOCK_D]
     o_ptr += b * stride_ob + h * stride_oh + i.to(tl.int64) * stride_ot
     tl.store(o_ptr + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(lse_ptr + head * T_q + i, m_i + tl.log2(l_i))
 
 
-def _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
+def _launch_attention_decode(q, k, v, options):
     """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2. T_q <= 16."""
     B, H, T_q, D = q.shape
     T_k = k.shape[2]
@@ -161,21 +163,21 @@ def _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
             v,
             partial,
             split_lse,
-            kv_start,
-            kv_end,
-            q_start,
+            options.kv_start,
+            options.kv_end,
+            options.q_start,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             H,
             T_q,
             T_k,
-            scale * LOG2E,
+            options.scale * LOG2E,
             HEAD_DIM=D,
             BLOCK_D=BLOCK_D,
             BLOCK_M=1 if T_q == 1 else MAX_QUERIES,
             SPLIT=SPLIT,
-            IS_CAUSAL=causal,
+            IS_CAUSAL=options.causal,
             DOT_PRECISION=dot_precision(q.dtype),
             num_warps=4,
             enable_fp_fusion=True,
@@ -185,8 +187,8 @@ def _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
             split_lse,
             o,
             lse,
-            kv_start,
-            kv_end,
+            options.kv_start,
+            options.kv_end,
             *o.stride()[:3],
             H,
             T_q,

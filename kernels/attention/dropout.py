@@ -1,14 +1,15 @@
-"""Dropout's choice, written out: which weights of attention survive for a seed. For tests and for debugging.
+"""Attention's dropout mask, written out for a seed. For tests and for debugging.
 
-The attention kernels draw the same choice tile by tile (tiles._keep) and store it nowhere.
+The attention kernels draw the same mask tile by tile (kernels.dropout.dropout_mask) and store it nowhere.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.tiles import _keep, _row_bounds
+from kernels.attention.tiles import _row_bounds
 from kernels.checks import check_device
+from kernels.dropout import dropout_mask, dropout_numbers
 from kernels.library import define_op, device_of
 
 
@@ -29,7 +30,7 @@ def _attention_keep_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N
     position = kv_start + n + tl.arange(0, BLOCK_N)
-    keep = _keep(tl.load(seed_ptr), head, offs_m, n, drop_below, BLOCK_M, BLOCK_N)
+    keep = dropout_mask(tl.load(seed_ptr), head, offs_m, n, drop_below, BLOCK_M, BLOCK_N)
     ptrs = keep_ptr + (head * T_q + offs_m[:, None]) * T_k + position[None, :]
     tl.store(ptrs, keep, mask=(offs_m < T_q)[:, None] & (position < T_k)[None, :])
 
@@ -39,7 +40,7 @@ def _keep_mask(seed, B, H, T_q, T_k, dropout_p, kv_start):
     keep = torch.zeros(B, H, T_q, T_k, dtype=torch.bool, device=seed.device)
     with device_of(seed):
         _attention_keep_kernel[(triton.cdiv(T_q, 16), triton.cdiv(T_k, 64), B * H)](
-            keep, seed, kv_start, H, T_q, T_k, round(dropout_p * 65536), BLOCK_M=16, BLOCK_N=64
+            keep, seed, kv_start, H, T_q, T_k, dropout_numbers(dropout_p)[1], BLOCK_M=16, BLOCK_N=64
         )
     return keep
 
@@ -49,4 +50,4 @@ attention_keep_mask = define_op(
     _keep_mask,
     lambda seed, B, H, T_q, T_k, dropout_p, kv_start: seed.new_empty(B, H, T_q, T_k, dtype=torch.bool),
 )
-attention_keep_mask.__doc__ = "bool [B, H, T_q, T_k]: True where dropout with this seed keeps a weight."
+attention_keep_mask.__doc__ = "Attention's dropout keep-mask for a seed, bool [B, H, T_q, T_k]."

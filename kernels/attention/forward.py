@@ -5,7 +5,7 @@ running maximum m_i, the running sum l_i of exp2(score - m_i) and the unnormalis
 Milakov and Gimelshein (2018), tiled as in FlashAttention-2 (Dao, 2023, algorithm 1). Scores are in units of log2: the
 factor scale * log2(e) is folded into the exponent's one multiply-add, and exp2 is what the hardware computes.
 
-The tiles left of the diagonal need no mask; the diagonal and the tail go through the same loop body with one.
+Tiles left of the diagonal need no mask; those on the diagonal and at the tail go through the same loop body with one.
 FLOPs: 4 B H T_q T_k D, half of it when causal. Bytes, least: q, k, v and o once each and 4 B H T_q for lse; k and v are
 read once more per tile of queries, from L2 while a head's keys fit there.
 
@@ -20,76 +20,25 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.tiles import _keep, _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
+from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
+from kernels.dropout import dropout_mask, dropout_numbers
 from kernels.library import LOG2E, device_of, dot_precision
 
 PARTS = tl.constexpr(8)
 
 
 @triton.jit
-def _online_softmax(
-    acc,  # [BLOCK_M, BLOCK_D] fp32
-    l_i,  # [BLOCK_M, PARTS] fp32
-    m_i,  # [BLOCK_M] fp32
-    q,  # [BLOCK_M, BLOCK_D]
-    k_ptr,
-    v_ptr,
-    stride_kt,
-    stride_vt,
-    offs_m,
-    lo,
-    hi,
-    num_keys,
-    diagonal,
-    scale_log2,
-    seed,
-    head,
-    drop_below,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Takes the tiles of keys in [lo, hi) into acc, l_i and m_i."""
-    for n in tl.range(lo, hi, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, offs_n, stride_kt, 0, num_keys, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-        s = tl.dot(q, tl.trans(k), input_precision=DOT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            s = tl.where(_visible(offs_m[:, None], offs_n[None, :], num_keys, diagonal, IS_CAUSAL), s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-        m_shift = m_new
-        if MASKED:
-            # While a query has seen no key its maximum is -inf, and -inf - -inf is NaN.
-            m_shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.math.exp2(s * scale_log2 - m_shift[:, None])
-        alpha = tl.math.exp2(m_i - m_shift)
-        l_i = l_i * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // PARTS, PARTS]), 1)
-        m_i = m_new
-        acc = acc * alpha[:, None]
-        if HAS_DROPOUT:
-            p = tl.where(_keep(seed, head, offs_m, n, drop_below, BLOCK_M, BLOCK_N), p, 0.0)
-        v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=DOT_PRECISION)
-    return acc, l_i, m_i
-
-
-@triton.jit
 def _attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    lse_ptr,
-    kv_start_ptr,
-    kv_end_ptr,
-    q_start_ptr,
-    seed_ptr,
+    q_ptr,  # [B, H, T_q, HEAD_DIM]
+    k_ptr,  # [B, H, T_k, HEAD_DIM]
+    v_ptr,  # [B, H, T_k, HEAD_DIM]
+    o_ptr,  # [B, H, T_q, HEAD_DIM]
+    lse_ptr,  # [B, H, T_q] fp32, log2 units
+    kv_start_ptr,  # [B] int32 or None
+    kv_end_ptr,  # [B] int32 or None
+    q_start_ptr,  # [B] int32 or None
+    seed_ptr,  # [1] int64 or None
     stride_qb,
     stride_qh,
     stride_qt,
@@ -105,7 +54,7 @@ def _attention_forward_kernel(
     H,
     T_q,
     T_k,
-    section,
+    heads_per_group,
     scale_log2,
     keep_scale,
     drop_below,
@@ -117,10 +66,12 @@ def _attention_forward_kernel(
     HAS_DROPOUT: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
-    tile, b, h = _locate(tl.cdiv(T_q, BLOCK_M), H, section, IS_CAUSAL)
+    tile, b, h = _locate(tl.cdiv(T_q, BLOCK_M), H, heads_per_group, IS_CAUSAL)
+    head = b * H + h
     kv_start, num_keys, diagonal = _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)
+    q_ptr += b * stride_qb + h * stride_qh
+    q = _load_rows(q_ptr, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     k_ptr += b * stride_kb + h * stride_kh + tl.cast(kv_start, tl.int64) * stride_kt
     v_ptr += b * stride_vb + h * stride_vh + tl.cast(kv_start, tl.int64) * stride_vt
     seed = 0
@@ -131,46 +82,41 @@ def _attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M, PARTS], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for masked in tl.static_range(2):
-        acc, l_i, m_i = _online_softmax(
-            acc,
-            l_i,
-            m_i,
-            q,
-            k_ptr,
-            v_ptr,
-            stride_kt,
-            stride_vt,
-            offs_m,
-            full if masked else 0,
-            seen if masked else full,
-            num_keys,
-            diagonal,
-            scale_log2,
-            seed,
-            b * H + h,
-            drop_below,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_N,
-            IS_CAUSAL,
-            HAS_DROPOUT,
-            DOT_PRECISION,
-            masked == 1,
-        )
+    # First the tiles that every query sees, without a mask; then those on the diagonal and at the end, with one.
+    for MASKED in tl.static_range(2):
+        for n in tl.range(full if MASKED else 0, seen if MASKED else full, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            k = _load_rows(k_ptr, offs_n, stride_kt, 0, num_keys, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+            s = tl.dot(q, tl.trans(k), input_precision=DOT_PRECISION)  # [BLOCK_M, BLOCK_N]
+            if MASKED:
+                visible = _visible(offs_m[:, None], offs_n[None, :], num_keys, diagonal, IS_CAUSAL)
+                s = tl.where(visible, s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
+            m_shift = m_new
+            if MASKED:
+                # While a query has seen no key its maximum is -inf, and -inf - -inf is NaN.
+                m_shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.math.exp2(s * scale_log2 - m_shift[:, None])  # [BLOCK_M, BLOCK_N]
+            alpha = tl.math.exp2(m_i - m_shift)  # [BLOCK_M]
+            l_i = l_i * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_M, BLOCK_N // PARTS, PARTS]), 1)
+            m_i = m_new
+            acc = acc * alpha[:, None]
+            if HAS_DROPOUT:
+                p = tl.where(dropout_mask(seed, head, offs_m, n, drop_below, BLOCK_M, BLOCK_N), p, 0.0)
+            v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=DOT_PRECISION)
 
-    l_i = tl.sum(l_i, 1)
+    l_i = tl.sum(l_i, 1)  # [BLOCK_M]
     l_i = tl.where(l_i > 0, l_i, 1.0)  # a query that saw no key: acc is 0 and m_i is -inf
-    o = acc / l_i[:, None]
+    o = acc / l_i[:, None]  # [BLOCK_M, BLOCK_D]
     if HAS_DROPOUT:
         o = o * keep_scale
     inside = offs_m < T_q
     _store_rows(o_ptr + b * stride_ob + h * stride_oh, o, offs_m, stride_ot, inside, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (b * H + h) * T_q + offs_m, m_i + tl.log2(l_i), mask=inside)
+    tl.store(lse_ptr + head * T_q + offs_m, m_i + tl.log2(l_i), mask=inside)
 
 
-def _launch_attention_forward(q, k, v, kv_start, kv_end, q_start, seed, scale, causal, dropout_p):
+def _launch_attention_forward(q, k, v, options):
     """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2."""
     B, H, T_q, D = q.shape
     T_k = k.shape[2]
@@ -178,8 +124,7 @@ def _launch_attention_forward(q, k, v, kv_start, kv_end, q_start, seed, scale, c
     lse = torch.empty(B, H, T_q, dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
-    config = attention_config("forward", q.dtype, D, dropout=seed is not None)
-    drop_below = round(dropout_p * 65536)
+    config = attention_config("forward", q.dtype, D, dropout=options.seed is not None)
     with device_of(q):
         _attention_forward_kernel[(B * H * triton.cdiv(T_q, config.BLOCK_M),)](
             q,
@@ -187,10 +132,10 @@ def _launch_attention_forward(q, k, v, kv_start, kv_end, q_start, seed, scale, c
             v,
             o,
             lse,
-            kv_start,
-            kv_end,
-            q_start,
-            seed,
+            options.kv_start,
+            options.kv_end,
+            options.q_start,
+            options.seed,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -199,15 +144,14 @@ def _launch_attention_forward(q, k, v, kv_start, kv_end, q_start, seed, scale, c
             T_q,
             T_k,
             heads_in_l2(T_k * D * 2 * k.element_size(), B * H),
-            scale * LOG2E,
-            65536 / (65536 - drop_below),
-            drop_below,
+            options.scale * LOG2E,
+            *dropout_numbers(options.dropout_p),
             HEAD_DIM=D,
             BLOCK_D=max(16, triton.next_power_of_2(D)),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
-            IS_CAUSAL=causal,
-            HAS_DROPOUT=seed is not None,
+            IS_CAUSAL=options.causal,
+            HAS_DROPOUT=options.seed is not None,
             DOT_PRECISION=dot_precision(q.dtype),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

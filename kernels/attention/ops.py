@@ -5,6 +5,8 @@ attention_decode for a few queries against a cache; packed_attention_forward and
 the fused projection [B, T, 3C] in place and write its gradient as one tensor of that shape, with the same kernels.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from kernels.attention.backward import _launch_attention_backward
@@ -21,9 +23,24 @@ from kernels.checks import (
     refuse_transforms,
 )
 from kernels.library import LN2, define_op
+from kernels.rows import unit_stride
 
 MAX_HEAD_DIM = 256
-_OPTIONS = "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p"
+
+
+class Options(NamedTuple):
+    """What every attention op takes beside its tensors, in its schema's order; flash_attention describes each."""
+
+    kv_start: torch.Tensor | None
+    kv_end: torch.Tensor | None
+    q_start: torch.Tensor | None
+    seed: torch.Tensor | None
+    scale: float
+    causal: bool
+    dropout_p: float
+
+
+_SCHEMA = "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p"
 
 
 def _heads(packed, num_heads):
@@ -41,7 +58,7 @@ def _merge(o):
 
 def _forward(q, k, v, *options):
     check_device("flash_attention", q, "q")
-    return _launch_attention_forward(q, k, v, *options)
+    return _launch_attention_forward(q, k, v, Options(*options))
 
 
 def _forward_fake(q, k, v, *options):
@@ -51,12 +68,12 @@ def _forward_fake(q, k, v, *options):
 
 def _decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
     check_device("flash_attention", q, "q")
-    return _launch_attention_decode(q, k, v, kv_start, kv_end, q_start, scale, causal)
+    return _launch_attention_decode(q, k, v, Options(kv_start, kv_end, q_start, None, scale, causal, 0.0))
 
 
 def _backward(do, q, k, v, o, lse, *options):
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, *options)
+    _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, Options(*options))
     return dq, dk, dv
 
 
@@ -66,7 +83,7 @@ def _backward_fake(do, q, k, v, o, lse, *options):
 
 def _packed_forward(qkv, num_heads, *options):
     check_device("flash_attention_packed", qkv, "qkv")
-    o, lse = _launch_attention_forward(*_heads(qkv, num_heads), *options)
+    o, lse = _launch_attention_forward(*_heads(qkv, num_heads), Options(*options))
     return _merge(o), lse
 
 
@@ -78,7 +95,7 @@ def _packed_forward_fake(qkv, num_heads, *options):
 def _packed_backward(do, qkv, o, lse, num_heads, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     do, o = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (do, o))
-    _launch_attention_backward(do, *_heads(qkv, num_heads), o, lse, *_heads(dqkv, num_heads), *options)
+    _launch_attention_backward(do, *_heads(qkv, num_heads), o, lse, *_heads(dqkv, num_heads), Options(*options))
     return dqkv
 
 
@@ -87,7 +104,7 @@ def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
 
 
 attention_forward = define_op(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _forward_fake
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake
 )
 attention_decode = define_op(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? kv_start, Tensor? kv_end, Tensor? q_start, float scale,"
@@ -96,68 +113,72 @@ attention_decode = define_op(
     _forward_fake,
 )
 attention_backward = define_op(
-    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
+    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_SCHEMA})"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 packed_attention_forward = define_op(
-    f"packed_attention_forward(Tensor qkv, int num_heads, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"packed_attention_forward(Tensor qkv, int num_heads, {_SCHEMA}) -> (Tensor, Tensor)",
     _packed_forward,
     _packed_forward_fake,
 )
 packed_attention_backward = define_op(
-    f"packed_attention_backward(Tensor do, Tensor qkv, Tensor o, Tensor lse, int num_heads, {_OPTIONS}) -> Tensor",
+    f"packed_attention_backward(Tensor do, Tensor qkv, Tensor o, Tensor lse, int num_heads, {_SCHEMA}) -> Tensor",
     _packed_backward,
     _packed_backward_fake,
 )
+
+
+def _save(ctx, tensors, options):
+    """Keeps tensors and options for backward."""
+    ctx.save_for_backward(*tensors, options.kv_start, options.kv_end, options.q_start, options.seed)
+    ctx.numbers = options.scale, options.causal, options.dropout_p
+
+
+def _saved(ctx):
+    """The tensors and the options that _save kept."""
+    *tensors, kv_start, kv_end, q_start, seed = ctx.saved_tensors
+    return tensors, Options(kv_start, kv_end, q_start, seed, *ctx.numbers)
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *options):
         o, lse = attention_forward(q, k, v, *options)
-        ctx.save_for_backward(q, k, v, o, lse, *options[:4])
-        ctx.numbers = options[4:]
+        _save(ctx, (q, k, v, o, lse), Options(*options))
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
         refuse_second_derivative("flash_attention")
-        q, k, v, o, lse, *bounds = ctx.saved_tensors
-        grads = attention_backward(_unit_stride(do), q, k, v, o, lse, *bounds, *ctx.numbers)
-        return *grads, *[None] * 7
+        tensors, options = _saved(ctx)
+        return *attention_backward(unit_stride(do), *tensors, *options), *[None] * len(options)
 
 
 class _FlashAttentionPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, num_heads, *options):
         o, lse = packed_attention_forward(qkv, num_heads, *options)
-        ctx.save_for_backward(qkv, o, lse, *options[:4])
-        ctx.numbers = options[4:]
+        _save(ctx, (qkv, o, lse), Options(*options))
         ctx.num_heads = num_heads
         return o
 
     @staticmethod
     def backward(ctx, do):
         refuse_second_derivative("flash_attention_packed")
-        qkv, o, lse, *bounds = ctx.saved_tensors
-        dqkv = packed_attention_backward(_unit_stride(do), qkv, o, lse, ctx.num_heads, *bounds, *ctx.numbers)
-        return dqkv, *[None] * 8
+        tensors, options = _saved(ctx)
+        dqkv = packed_attention_backward(unit_stride(do), *tensors, ctx.num_heads, *options)
+        return dqkv, None, *[None] * len(options)
 
 
 def _needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _unit_stride(do):
-    """Autograd may hand over any strides (an expanded scalar after .sum()); the kernels read rows of unit stride."""
-    return do if do.stride(-1) == 1 else do.contiguous()
-
-
 def _resolve(function, tensor, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start):
-    """Checks what both public functions share and fills defaults: the options of the ops, in their order."""
+    """Checks what both public functions share and fills defaults."""
     refuse_transforms(function)
     check_dtype(function, tensor, "the input")
     if not 1 <= D <= MAX_HEAD_DIM:
@@ -168,7 +189,7 @@ def _resolve(function, tensor, B, D, scale, causal, dropout_p, dropout_seed, kv_
     for bound, name in ((kv_start, "kv_start"), (kv_end, "kv_end"), (q_start, "q_start")):
         check_row_vector(function, bound, name, B, tensor.device)
     seed = check_dropout(function, tensor, dropout_p, dropout_seed)
-    return kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p)
+    return Options(kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p))
 
 
 def flash_attention(
@@ -225,7 +246,9 @@ def flash_attention(
     B, _, _, D = q.shape
     options = _resolve(function, q, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start)
     if q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2] and dropout_p == 0.0 and not _needs_gradient(q, k, v):
-        o, lse = attention_decode(q, k, v, *options[:3], *options[4:6])
+        o, lse = attention_decode(
+            q, k, v, options.kv_start, options.kv_end, options.q_start, options.scale, options.causal
+        )
     else:
         o, lse = _FlashAttention.apply(q, k, v, *options)
     return (o, lse * LN2) if return_lse else o

@@ -9,16 +9,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _locate(num_tiles, H, section, LONGEST_FIRST: tl.constexpr):
+def _locate(num_tiles, H, heads_per_group, LONGEST_FIRST: tl.constexpr):
     """This program's tile, batch row and head, in a one-dimensional grid of B * H * num_tiles programs.
 
-    `section` heads go together, so that their keys and values stay in L2; inside a section every head's longest tile
-    comes before any shorter one, so that the programs that finish last are short.
+    Groups of `heads_per_group` heads run together, so that their keys and values stay in L2; inside a group every
+    head's longest tile comes before any shorter one, so that the programs that finish last are short.
     """
     pid = tl.program_id(0)
     heads = tl.num_programs(0) // num_tiles  # B * H
-    first = pid // (section * num_tiles) * section
-    here = tl.minimum(section, heads - first)
+    first = pid // (heads_per_group * num_tiles) * heads_per_group
+    here = tl.minimum(heads_per_group, heads - first)
     pid -= first * num_tiles
     tile = pid // here
     if LONGEST_FIRST:
@@ -85,19 +85,3 @@ def _visible(offs_m, offs_n, num_keys, diagonal, IS_CAUSAL: tl.constexpr):
     if IS_CAUSAL:
         visible = visible & (offs_n <= diagonal + offs_m)
     return visible
-
-
-@triton.jit
-def _keep(seed, head, offs_m, n, drop_below, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Dropout's choice for queries offs_m and keys n .. n + BLOCK_N: [BLOCK_M, BLOCK_N] bool, True with 1 - p.
-
-    Philox at the counter (query, key // 8, head): each of its four words decides for two keys with 16 bits each, so
-    that the choice depends on nothing but the seed and the place. n is a multiple of 8; p is drop_below / 65536.
-    """
-    query = tl.broadcast_to(offs_m[:, None], [BLOCK_M, BLOCK_N // 8]).to(tl.uint32)
-    octet = tl.broadcast_to((n // 8 + tl.arange(0, BLOCK_N // 8))[None, :], [BLOCK_M, BLOCK_N // 8]).to(tl.uint32)
-    zero = tl.zeros_like(query)
-    a, b, c, d = tl.philox(seed, query, octet, zero + head.to(tl.uint32), zero)
-    words = tl.join(tl.join(a, b), tl.join(c, d))  # [BLOCK_M, BLOCK_N / 8, 2, 2]
-    halves = tl.join(words & 0xFFFF, words >> 16)  # [BLOCK_M, BLOCK_N / 8, 2, 2, 2]
-    return tl.reshape(halves, [BLOCK_M, BLOCK_N]) >= drop_below

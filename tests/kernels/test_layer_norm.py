@@ -294,4 +294,4 @@ def test_every_kernel_compiles_fits_and_does_not_spill(arch, dtype, N):
 @pytest.mark.parametrize("N", [768, 1024, 1280, 1600, 1023, 3072, 5000, 6400, 16384])
 def test_no_width_leaves_half_of_the_lanes_idle(direction, N):
     config = configs.row_config(direction, N)
-    assert N <= config.BLOCK_N * config.PIECES < 1.35 * N
+    assert N <= config.BLOCK_N * config.COLUMN_TILES < 1.35 * N
