@@ -43,11 +43,11 @@ class Options(NamedTuple):
 _SCHEMA = "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p"
 
 
-def _heads(packed, num_heads):
-    """[B, T, 3C] as three views [B, H, T, D]."""
-    B, T, three_C = packed.shape
-    parts = packed.view(B, T, 3, num_heads, three_C // (3 * num_heads))
-    return [part.transpose(1, 2) for part in parts.unbind(2)]
+def split_heads(qkv, num_heads):
+    """The fused projection [B, T, 3C] as q, k, v [B, H, T, D]: views, no copy."""
+    B, T, three_C = qkv.shape
+    parts = qkv.view(B, T, 3, num_heads, three_C // (3 * num_heads))
+    return tuple(part.transpose(1, 2) for part in parts.unbind(2))  # each [B, H, T, D]
 
 
 def _merge(o):
@@ -83,7 +83,7 @@ def _backward_fake(do, q, k, v, o, lse, *options):
 
 def _packed_forward(qkv, num_heads, *options):
     check_device("flash_attention_packed", qkv, "qkv")
-    o, lse = _launch_attention_forward(*_heads(qkv, num_heads), Options(*options))
+    o, lse = _launch_attention_forward(*split_heads(qkv, num_heads), Options(*options))
     return _merge(o), lse
 
 
@@ -95,7 +95,9 @@ def _packed_forward_fake(qkv, num_heads, *options):
 def _packed_backward(do, qkv, o, lse, num_heads, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     do, o = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (do, o))
-    _launch_attention_backward(do, *_heads(qkv, num_heads), o, lse, *_heads(dqkv, num_heads), Options(*options))
+    _launch_attention_backward(
+        do, *split_heads(qkv, num_heads), o, lse, *split_heads(dqkv, num_heads), Options(*options)
+    )
     return dqkv
 
 

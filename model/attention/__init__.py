@@ -1,5 +1,6 @@
 """Attention: the contract that every backend keeps, the registry, and the backends."""
 
+from kernels.attention import split_heads
 from model.attention import builtin, flash_attention_2, flex  # noqa: F401 (importing a backend's module registers it)
 from model.attention.builtin import triton_runs_on
 from model.attention.registry import (
@@ -10,7 +11,6 @@ from model.attention.registry import (
     get_attention,
     register_attention,
     self_attention,
-    split_heads,
 )
 
 __all__ = [

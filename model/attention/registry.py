@@ -25,6 +25,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from kernels.attention import split_heads
+
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # The options that a function takes for each capability that it declares; `scale` and `causal` it always takes.
@@ -257,13 +259,6 @@ def attention(
         return_weights=return_weights,
     )
     return chosen.forward(q, k, v, **options)
-
-
-def split_heads(qkv, num_heads):
-    """The fused projection [B, T, 3C] as q, k, v [B, H, T, D]: views, no copy."""
-    B, T, three_C = qkv.shape
-    parts = qkv.view(B, T, 3, num_heads, three_C // (3 * num_heads))
-    return tuple(part.transpose(1, 2) for part in parts.unbind(2))  # each [B, H, T, D]
 
 
 def self_attention(
