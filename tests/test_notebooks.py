@@ -48,4 +48,4 @@ def test_attention_runs_from_the_formula_to_the_charts(tmp_path):
     assert "triton  largest errors of dq, dk, dv:" in printed
     assert "not timed: no GPU" in printed
     assert len(outputs(notebook, "image/png")) == 3  # the tiles, the two charts of the sweep
-    assert (tmp_path / "out" / "attention_sweep.json").exists()
+    assert (tmp_path / "out" / "attention_sweep_quick.json").exists()
