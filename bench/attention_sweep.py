@@ -257,6 +257,24 @@ def rows_in_lane(lane, cases, modes):
     return rows
 
 
+def ahead(argv):
+    """What bench/compile_ahead.py is to make once, (label, call): each pass that something is compiled for."""
+    args = parser().parse_args(argv)
+    for case in args.cases:
+        options = case.options(args.device) | {"dropout_p": case.dropout_p}
+        for mode in modes_of(case.scenario, args.mode):
+            for name in args.backends:
+                if name in ("triton", "flex"):
+                    kind = f"D = {case.D}, {case.padding} padding, dropout {case.dropout_p}, {case.T} queries"
+                    kind = kind if case.scenario == "decode" else kind.rpartition(",")[0]
+                    label = f"{case.scenario}, {mode}, {name}, {case.dtype}, {kind}"
+                    yield label, partial(_from_nothing, mode, name, case, args.device, options)
+
+
+def _from_nothing(mode, name, case, device, options):
+    _both(mode, name, case.inputs(device), options)
+
+
 # The command
 
 

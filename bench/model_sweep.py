@@ -149,6 +149,19 @@ def _percent(first, second, field):
     return f"{100 * (first[field] / second[field] - 1):.1f}"
 
 
+def ahead(argv):
+    """What bench/compile_ahead.py is to make once, (label, call): each pass of ours, of one layer of the size."""
+    args = parser().parse_args(argv)
+    for mode, B, T in [case[:3] for case in cases(args)]:
+        for name in args.pair:
+            if name not in THEIRS:
+                yield f"{mode}, {name}, {args.size}, {args.dtype}", partial(_from_nothing, args, name, mode, B, T)
+
+
+def _from_nothing(args, name, mode, B, T):
+    getattr(Provider(name, build(args.size, args.device, args.dtype, n_layer=1)), mode)(B, T)()
+
+
 def parser():
     result = Parser("bench/model_sweep.py", __doc__, check=complete)
     known = (*attention_backends(), "one that --import registers", *THEIRS)

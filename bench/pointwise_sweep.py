@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from bench.ceilings import COPY_BYTES
 from bench.lib.cli import Parser, UsageError
 from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
 from bench.lib.gate import FORWARD_FACTOR, GRADIENT_FACTOR, OK, judge
@@ -198,7 +199,7 @@ def row(name, mode, case, lane):
 
 def copy_gb_per_s(device, quick):
     """The device's copy bandwidth, bytes read and written over the median time, in 10^9 bytes a second."""
-    x = torch.empty(2**29 if device.type == "cuda" else 2**25, dtype=torch.int8, device=device)
+    x = torch.empty(COPY_BYTES[device.type], dtype=torch.int8, device=device)
     y = torch.empty_like(x)
     timing = measure({"copy": lambda: lambda: y.copy_(x)}, device, quick=quick)["copy"]
     return 2 * x.numel() / timing["median_ms"] / 1e6
@@ -263,6 +264,21 @@ def rows_in_lane(lane, cases, modes):
     return rows
 
 
+def ahead(argv):
+    """What bench/compile_ahead.py is to make once, (label, call): each pass that something is compiled for."""
+    args = parser().parse_args(argv)
+    for case in cases(args, args.rows):
+        for mode in args.mode:
+            for name in args.providers:
+                if name != "eager" and refusal(name, case.op, mode, args.device) is None:
+                    label = f"{case.op}, {mode}, {name}, {case.dtype}, N = {case.N}"
+                    yield label, partial(_from_nothing, mode, name, case, args.device)
+
+
+def _from_nothing(mode, name, case, device):
+    _both(mode, provider(name, case.op), *case.inputs(device))
+
+
 # The command
 
 
@@ -272,13 +288,14 @@ def parser():
     result.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all")
     result.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     result.add_argument("--rows", type=int, metavar="M", help="of every operation; default: 16384, on a CPU 4096")
-    result.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), metavar="N", help="default: GPT-2's")
+    result.add_argument("--widths", type=int, nargs="+", default=None, metavar="N", help="default: GPT-2's")
     result.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     return result
 
 
 def complete(args):
     """Fills in what was not given and refuses what cannot be served, before any work."""
+    args.widths = args.widths or list(WIDTHS)
     args.dtype = args.dtype or ["bfloat16" if args.device.type == "cuda" else "float32"]
     if args.rows is not None and args.rows < 1:
         raise UsageError(f"--rows {args.rows}: at least 1 is required")

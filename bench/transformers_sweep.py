@@ -111,6 +111,19 @@ def row(args, case, backend, B, T):
     return {"case": case, "backend": backend, "B": B, "T": T, **unmeasured, **shared}
 
 
+def ahead(argv):
+    """What bench/compile_ahead.py is to make once, (label, call): each pass of ours, of one layer of the size."""
+    args = parser().parse_args(argv)
+    for mode, B, T in [shape for shape, _ in (QUICK if args.quick else CASES)]:
+        for name in [args.backend]:
+            if name not in THEIRS:
+                yield f"{mode}, {name}, {args.size}, {args.dtype}", partial(_from_nothing, args, name, mode, B, T)
+
+
+def _from_nothing(args, name, mode, B, T):
+    getattr(Provider(name, build(args.size, args.device, args.dtype, n_layer=1)), mode)(B, T)()
+
+
 def parser():
     result = Parser("bench/transformers_sweep.py", __doc__, check=complete)
     known = ", ".join((*attention_backends(), "one that --import registers"))

@@ -58,6 +58,7 @@ def _is_out_of_memory(error):
 
 
 MAX_REPEATS = 200  # of a call in a block
+BUFFER_BYTES = 2**28  # at least, of what is read between calls
 CYCLES_PER_US = 2000  # no GPU's clock is faster: a spin takes at least the time that it is meant to take
 MAX_SPIN_US = 5000.0
 GRAPH_BELOW_MS = 1.0  # longer calls hide their launches
@@ -85,7 +86,7 @@ class Clock:
         self.device, self.ahead = torch.device(device), ahead
         if self.device.type == "cuda":
             l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-            self.buffer = torch.ones(max(4 * l2_bytes, 2**28) // 4, device=self.device)
+            self.buffer = torch.ones(max(4 * l2_bytes, BUFFER_BYTES) // 4, device=self.device)
             self.sink = torch.empty((), device=self.device)
 
     def times(self, call, repeats, spin_us=0.0):

@@ -131,10 +131,10 @@ def random_ids(model, B, T):
     return torch.randint(0, model.config.vocab_size, (B, T), generator=generator).to(model.device)
 
 
-def build(size, device, dtype):
+def build(size, device, dtype, **overrides):
     """Our model on the device, random weights, dropout 0: with it there would be nothing to compare."""
     torch.manual_seed(0)
-    config = GPT2Config.preset(size, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    config = GPT2Config.preset(size, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **overrides)
     return GPT2(config).to(device, DTYPES[dtype]).eval()
 
 

@@ -1,0 +1,272 @@
+"""The stages of a visit to a GPU, in the order of their worth, and how one is run: its own process, limit and log."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.lib.files import write_file
+from bench.lib.record import DEVICE_LOST, INTERRUPTED, ROOT
+
+OK, NO_TIME = "ok", "not begun: no time was left"
+GRACE_S = 8.0  # between the wish to stop, at which a bench saves what it has, and the end
+LEAST_S = 5.0  # with less, a stage is not begun
+RESTARTS = 3  # of a bench that has lost the GPU
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of its own: module.main(arguments). limit_s: what it may take of a visit of nine minutes."""
+
+    name: str
+    what: str
+    module: str
+    arguments: tuple[str, ...]
+    limit_s: float
+
+    def command(self, out, visit):
+        """The arguments with what the visit adds to them."""
+        if self.module == "pytest":
+            return [*(REHEARSED_TESTS if visit.stand_in else self.arguments), "-n", str(visit.workers)]
+        return [
+            *self.sized(visit.stand_in),
+            *(["--stages", *visit.names] if self.name == "compile" else []),
+            *("--device", "cuda", "--out", str(out), "--no-charts"),
+            *(["--quick"] if visit.quick else []),
+            *(["--resume"] if visit.resume else []),
+        ]
+
+    def sized(self, small):
+        """The arguments; small: with numbers at which the stand-in takes a moment."""
+        if not small:
+            return list(self.arguments)
+        small = [argument for argument in self.arguments if not (argument.isdigit() and int(argument) > 256)]
+        lengths = ["17"] if small[-1:] == ["--seq-lens"] else []
+        return [*small, *lengths, *(["--heads", "2"] if self.module == "bench.attention_sweep" else [])]
+
+
+def _attention(name, what, limit_s, *arguments):
+    return Stage(name, what, "bench.attention_sweep", arguments, limit_s)
+
+
+SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "bench.lib.test_results", "--color=no", "--tb=short", "-rfE")
+REHEARSED_TESTS = [*PYTEST, "tests/bench/test_gate.py"]
+MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", "float16")
+STAGES = (
+    Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 60),
+    Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 20),
+    Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 150),
+    _attention("lengths", "attention over sequence lengths", 75, "--backends", "eager", *SDPA, "triton"),
+    Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 60),
+    Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
+    Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 45),
+    Stage(
+        "pointwise",
+        "LayerNorm, GELU, cross-entropy",
+        "bench.pointwise_sweep",
+        ("--providers", "eager", "compiled", "triton"),
+        50,
+    ),
+    Stage("tune", "a short tuning, nothing rewritten", "bench.tune", ("--dry-run", "--head-dims", "64"), 60),
+    _attention(
+        "published",
+        "attention at the width of the papers",
+        30,
+        *("--backends", "sdpa-flash", "sdpa-cudnn", "triton", "--mode", "forward"),
+        *("--heads", "32", "--seq-lens", "512", "1024", "2048", "4096", "8192", "16384"),
+    ),
+    _attention("bf16", "attention in bf16", 40, "--dtype", "bfloat16", "--backends", "sdpa", "sdpa-cudnn", "triton"),
+    _attention(
+        "scenarios",
+        "attention with a cache, padding, dropout, over head dims",
+        90,
+        *("--scenario", "decode", "padding", "dropout", "head-dims", "--backends", "sdpa", "triton"),
+    ),
+    _attention("flex", "flex_attention", 60, "--backends", "flex", "triton", "--seq-lens", "1024", "4096"),
+)
+COMPILED = ("bench.attention_sweep", "bench.transformers_sweep", "bench.model_sweep", "bench.pointwise_sweep")
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+@dataclass
+class Visit:
+    """What all stages of a run share. share: of their limits that they get."""
+
+    work: Path
+    deadline: float  # of time.monotonic
+    quick: bool = False
+    resume: bool = False
+    stand_in: bool = False
+    share: float = 1.0
+    commit: str | None = None
+    workers: int = 1
+    names: tuple[str, ...] = ()  # of the stages to come
+
+    def left(self):
+        return self.deadline - time.monotonic()
+
+
+@dataclass
+class Outcome:
+    """What became of a stage."""
+
+    name: str
+    what: str
+    command: str
+    status: str = NO_TIME
+    seconds: float = 0.0
+
+
+class Running:
+    """The process of a stage. It has imported its command, or is about to, and waits for begin()."""
+
+    def __init__(self, stage, visit):
+        self.stage, self.visit = stage, visit
+        self.out = visit.work / stage.name
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.outcome = Outcome(stage.name, stage.what, "")
+        self.start()
+
+    def start(self, resume=False):
+        visit, stage = self.visit, self.stage
+        arguments = stage.command(self.out, visit)
+        if resume and "--resume" not in arguments:
+            arguments.append("--resume")
+        self.log = (self.out / "log.txt").open("a", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.lib.waiting", stage.module, *arguments],
+            cwd=ROOT,
+            env=self.environment(),
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a stop reaches all that it has started
+        )
+        shown = "pytest" if stage.module == "pytest" else stage.module.replace(".", "/") + ".py"
+        self.command = " ".join(["python", "-m" if shown == "pytest" else "", shown, *arguments]).replace("  ", " ")
+
+    def environment(self):
+        added = {
+            "BENCH_STAND_IN": "1" if self.visit.stand_in else "",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",  # nothing is fetched; without a network an attempt would wait for minutes
+            "BENCH_TEST_RESULTS": str(self.out / "tests.jsonl"),
+        }
+        if self.visit.commit:
+            added["BENCH_COMMIT"] = self.visit.commit
+        if self.visit.stand_in:
+            added["TRITON_INTERPRET"] = "1"
+        return {**os.environ, **added}
+
+    def run(self, meanwhile=lambda: None):
+        """Begins, waits for the end or the limit; the Outcome. meanwhile(): called a few times a second."""
+        started = time.monotonic()
+        limit = min(self.stage.limit_s * self.visit.share, self.visit.left())
+        outcome = self.outcome = Outcome(self.stage.name, self.stage.what, self.command)
+        if limit < LEAST_S:
+            self.kill()
+            return outcome
+        try:
+            for restarts in range(RESTARTS + 1):
+                self.begin()
+                code = self.wait(started + limit, meanwhile)
+                if code != DEVICE_LOST or restarts == RESTARTS:
+                    break
+                self.start(resume=True)
+            outcome.status = self.status(code, limit, restarts)
+        except KeyboardInterrupt:
+            self.stop()
+            outcome.status = "stopped by the user"
+            raise
+        finally:
+            self.kill()
+            outcome.seconds = round(time.monotonic() - started, 1)
+        return outcome
+
+    def begin(self):
+        with suppress(BrokenPipeError):  # it has ended before it began; its exit code says so
+            self.process.stdin.write(b"\n")
+            self.process.stdin.flush()
+
+    def wait(self, until, meanwhile):
+        """The exit code, or None if it had to be stopped."""
+        while self.process.poll() is None:
+            if time.monotonic() > until:
+                self.stop()
+                return None
+            meanwhile()
+            time.sleep(0.1)
+        return self.process.returncode
+
+    def status(self, code, limit, restarts):
+        again = f"; begun again {restarts} times after the GPU was lost" if restarts else ""
+        if code is None:
+            return f"stopped at its limit of {limit:.0f} s{again}"
+        if self.stage.module == "pytest":
+            return {0: OK, 1: "tests failed", 5: "no tests"}.get(code, f"pytest ended with code {code}")
+        if code == INTERRUPTED:
+            return "stopped by the user"
+        return OK + again if code == 0 else f"ended with code {code}{again}: {last_line(self.out / 'log.txt')}"
+
+    def stop(self):
+        """Asks it to stop, as Ctrl-C does; kills it if it does not."""
+        self.signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_S)
+        self.kill()
+
+    def kill(self):
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close() if not self.process.stdin.closed else None
+        self.log.close()
+
+    def signal(self, number):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def last_line(path):
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
+    return lines[-1][:200]
+
+
+def run(stages, visit, outcomes, after=lambda outcome: None, meanwhile=lambda: None):
+    """Runs the stages in order; each Outcome joins `outcomes` and goes to after(outcome) as soon as it is known.
+
+    The next stage's process imports while the present one is measured.
+    """
+    running = following = None
+    try:
+        for i, stage in enumerate(stages):
+            running = following or Running(stage, visit)
+            following = Running(stages[i + 1], visit) if i + 1 < len(stages) and visit.left() > LEAST_S else None
+            try:
+                running.run(meanwhile)
+            finally:
+                outcomes[stage.name] = running.outcome
+                after(running.outcome)
+    finally:
+        if following is not None:
+            following.kill()
+
+
+def save_outcomes(path, environment, outcomes):
+    data = {"environment": environment, "stages": [asdict(outcome) for outcome in outcomes.values()]}
+    return write_file(path, json.dumps(data, indent=1) + "\n")
+
+
+def load_outcomes(path):
+    """(environment, {name: Outcome}). ValueError if the file is none of ours."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return data["environment"], {stage["name"]: Outcome(**stage) for stage in data["stages"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name}: {error!r}") from None
