@@ -94,10 +94,10 @@ def pack(work, path):
 def unpack(out, work):
     """Unpacks what pack() made. ValueError if it did not."""
     try:
-        with tarfile.open(out / REST) as archive:
+        with tarfile.open(out / REST, "r:gz") as archive:
             archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{REST}: {error}") from None
+        raise ValueError(f"{REST}: {str(error).splitlines()[0]}") from None
 
 
 # README.md
@@ -190,7 +190,7 @@ def comparison(results):
                         "tflops"
                     ]
             lengths = sorted({T for figures in (*ours.values(), *(p.tflops for p in theirs)) for T in figures})
-            rows = [(name, *(cell(figures[T]) if T in figures else "-" for T in lengths)) for name, figures in ours.items()]
+            rows = [(name, *(cell(known.get(T, "-")) for T in lengths)) for name, known in ours.items()]
             rows += [(f"{p.name}, {p.gpu} (published)", *(p.tflops.get(T, "-") for T in lengths)) for p in theirs]
             title = f"{mode}, D = {D}, {'causal' if causal else 'full'}, TFLOP/s over T"
             parts.append(f"### {title}\n\n" + markdown(("", *map(str, lengths)), rows))

@@ -8,10 +8,15 @@ anything, and the device's name says so.
 
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch.overrides import TorchFunctionMode
+from triton.runtime import driver
+
+from model.attention import registry
 
 NAME = "stand-in for a GPU (rehearsal, no figure means anything)"
 MEMORY = 80 * 2**30
@@ -109,13 +114,20 @@ def install():
     for name, value in CUDA.items():
         setattr(torch.cuda, name, value)
     torch.Generator = _Generator("Generator", (), {})
+    torch.compile = lambda function, **_: function
     _OnCpu().__enter__()
+    driver.set_active(SimpleNamespace(utils=SimpleNamespace(load_binary=None)))  # an interpreted kernel loads nothing
+    # On a CPU flex_attention takes no gradient.
+    eager, flex = (registry._BACKENDS[name] for name in ("eager", "flex"))
+    registry._BACKENDS["flex"] = replace(
+        flex, forward=partial(eager.forward, return_weights=False), devices=("cuda", "cpu")
+    )
     _shrink()
 
 
 def _shrink():
     """Sizes at which an interpreted kernel takes a moment."""
-    from bench import ceilings, pointwise_sweep, transformers_sweep
+    from bench import ceilings, pointwise_sweep, transformers_sweep, tune
     from bench.lib import attention_cases, cli, clock, providers
     from model.config import PRESETS
 
@@ -138,5 +150,6 @@ def _shrink():
     ceilings.SEQUENCE = 3
     tiny = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97, "n_positions": 1024}
     PRESETS |= dict.fromkeys(PRESETS, tiny)
+    tune.TOKENS, tune.ODD_T = 34, 5
     transformers_sweep.IMPORTS = {"ours": "import json", transformers_sweep.BASELINE: "import json"}
     providers.GATE_TOKENS, providers.NEW_TOKENS = 8, 3
