@@ -150,6 +150,7 @@ def _shrink():
     ceilings.SEQUENCE = 3
     tiny = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97, "n_positions": 1024}
     PRESETS |= dict.fromkeys(PRESETS, tiny)
-    tune.TOKENS, tune.ODD_T = 34, 5
+    tune.TOKENS, tune.ODD_T, tune.WIDTH = 34, 5, 64
+    tune.TILES, tune.WARPS, tune.STAGES = {2: (32, 64), 4: (16, 32)}, (4,), (2,)
     transformers_sweep.IMPORTS = {"ours": "import json", transformers_sweep.BASELINE: "import json"}
     providers.GATE_TOKENS, providers.NEW_TOKENS = 8, 3
