@@ -1,11 +1,11 @@
-# make sweep | make test | make lint: each creates .venv on first use and needs nothing before it.
+# make sweep | make test | make lint | make gpu | make rehearse: each creates .venv on first use and needs nothing before it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: sweep test lint clean
+.PHONY: sweep test lint gpu rehearse clean
 
 sweep: $(INSTALLED)
 	$(BIN)/python bench/attention_sweep.py $(ARGS)
@@ -14,6 +14,13 @@ sweep: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 	$(BIN)/python -m pytest -n $(WORKERS) -m interpret $(ARGS)
+
+# All that is worth knowing on a GPU, in nine minutes; and the same plan without one, in one and a half.
+gpu: $(INSTALLED)
+	$(BIN)/python bench/run_all.py $(ARGS)
+
+rehearse: $(INSTALLED)
+	$(BIN)/python bench/run_all.py --rehearse $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
