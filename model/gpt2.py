@@ -94,10 +94,11 @@ class MLP(nn.Module):
         return self.dropout(self.before_dropout(x))
 
     def before_dropout(self, x):
-        if is_plain(self.c_fc, Conv1D) and is_plain(self.act, Activation):
-            hidden = linear_activation(x, self.c_fc, self.act.name, self.kernel_implementation)
+        c_fc, act = self.c_fc, self.act
+        if is_plain(c_fc, Conv1D) and is_plain(act, Activation):
+            hidden = linear_activation(x, c_fc, act.name, self.kernel_implementation)
         else:
-            hidden = self.act(self.c_fc(x))
+            hidden = act(c_fc(x))
         return self.c_proj(hidden)
 
 
@@ -126,14 +127,14 @@ class Block(nn.Module):
         What something observes, or what stands in a module's place, is called as a module.
         """
         attn, mlp = self.attn, self.mlp
-        if is_plain(attn, Attention) and is_plain(attn.resid_dropout, nn.Dropout):
+        if is_plain(attn, Attention) and is_plain(dropout := attn.resid_dropout, nn.Dropout):
             update, weights = attn.before_dropout(y, **context)
-            y, x = add_norm(update, x, self.ln_2, active_p(attn.resid_dropout))
+            y, x = add_norm(update, x, self.ln_2, active_p(dropout))
         else:
             update, weights = attn(y, **context)
             y, x = add_norm(update, x, self.ln_2, 0.0)
-        if is_plain(mlp, MLP) and is_plain(mlp.dropout, nn.Dropout):
-            y, x = add_norm(mlp.before_dropout(y), x, next_norm, active_p(mlp.dropout))
+        if is_plain(mlp, MLP) and is_plain(dropout := mlp.dropout, nn.Dropout):
+            y, x = add_norm(mlp.before_dropout(y), x, next_norm, active_p(dropout))
         else:
             y, x = add_norm(mlp(y), x, next_norm, 0.0)
         return x, y, weights
@@ -236,7 +237,7 @@ class GPT2Model(PretrainedModel):
             last_hidden_state=y,
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions[: len(blocks)]) if output_attentions else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
         return output if _default(return_dict, config.return_dict) else output.to_tuple()
 
