@@ -25,9 +25,13 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib.attention_cases import SCENARIOS, SIZES, Case, cache_bytes, flops, modes_of, variants
 from bench.lib.cli import Parser, UsageError, positive

@@ -12,6 +12,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from bench.lib.chips import CHIPS, SOURCES, bounds, resident_blocks
 from bench.lib.files import write_file
 from bench.lib.kernel_cases import CASES

@@ -18,8 +18,13 @@ allocates above them; on a CPU it is counted, not measured: live tensors, withou
 (bench/lib/live_bytes.py). Files: model_sweep.json, model_sweep.md, model_inference.png.
 """
 
+import sys
 from functools import partial
 from itertools import product
+from pathlib import Path
+
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib.cli import Parser, UsageError, positive
 from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb

@@ -21,9 +21,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels
 from bench.ceilings import COPY_BYTES

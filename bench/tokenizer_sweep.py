@@ -21,12 +21,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from tempfile import TemporaryDirectory
+
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib.cli import Parser, UsageError
 from bench.lib.clock import summary
 from bench.lib.gate import OK
-from bench.lib.record import Record
+from bench.lib.record import ROOT, Record
 from bench.lib.texts import TEXTS
 from tokenizer import GPT2Tokenizer
 
@@ -211,9 +215,9 @@ def decode_rows(name, documents, reference, providers, rounds):
 
 def start_row():
     """From the import of the package to the first token, in new processes."""
-    runs = [subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True).stdout]
+    runs = [subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True, check=True).stdout]
     runs += [
-        subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True).stdout
+        subprocess.run([sys.executable, "-c", START], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for _ in range(START_RUNS)
     ]
     shape = {"mode": "start", "text": "Hello", "threads": 1, "megabytes": None, "tokens": 1}

@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from bench.lib.cli import Parser, UsageError
 from bench.lib.clock import TIMES, measure, summary
 from bench.lib.gate import OK

@@ -26,6 +26,9 @@ from unittest import mock
 
 from triton.runtime import driver
 
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from bench.attention_sweep import check, gates, make_call, refusal
 from bench.lib.attention_cases import Case
 from bench.lib.cli import Parser, UsageError, positive

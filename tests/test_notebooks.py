@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+from optional import nbclient, nbformat
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -18,7 +17,7 @@ def execute(path, directory):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(directory), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)  # a notebook that needs it sets it
     resources = {"metadata": {"path": str(directory)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources).execute(env=environment)
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources).execute(env=environment)
     return notebook
 
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from optional import needs
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,6 +102,7 @@ def run(code):
     return result.stdout.split()
 
 
+@needs("transformers")
 def test_transformers_does_not_take_our_kernels_for_hugging_faces():
     """transformers asks for a range of versions of `kernels`; ours lies outside it, and generation works."""
     code = """

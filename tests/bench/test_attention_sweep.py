@@ -29,12 +29,24 @@ CASE = sweep.Case("float32", B=2, H=2, T=33, D=16, causal=True)
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """`python bench/attention_sweep.py --quick` on the CPU, in a process of its own: (its output, its directory)."""
+    """`python bench/attention_sweep.py --quick` on the CPU, by its path from elsewhere: (its output, its directory)."""
     out = tmp_path_factory.mktemp("sweep") / "not" / "there yet"
-    command = [sys.executable, "bench/attention_sweep.py", "--quick", "--device", "cpu", "--heads", "2", "--out", out]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        ROOT / "bench/attention_sweep.py",
+        "--quick",
+        "--device",
+        "cpu",
+        "--heads",
+        "2",
+        "--out",
+        out,
+    ]
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, "--out", out], cwd=out.parents[1], env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout, out
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from optional import needs
 
 from bench import attention_sweep, model_sweep, transformers_sweep
 from model import GPT2, GPT2Config, __main__
@@ -43,9 +44,10 @@ BENCHES = {
     model_sweep: "--pair outside eager --size tiny --mode decoding --batch 1 --seq-lens 8",
     transformers_sweep: "--backend outside --size tiny",
 }
+MEASURED = [*list(BENCHES)[:2], pytest.param(transformers_sweep, marks=needs("transformers"))]
 
 
-@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__)
+@pytest.mark.parametrize("bench", MEASURED, ids=lambda bench: bench.__name__)
 def test_a_bench_measures_a_backend_from_outside(bench, directory):
     bench.main([*SMALL, *BENCHES[bench].split(), "--out", str(directory)])
     [file] = directory.glob("*.json")
@@ -76,6 +78,7 @@ def test_a_module_that_needs_what_is_not_there_says_what(directory):
         __main__.main(["--import", "unlucky_backend"])
 
 
+@needs("transformers")
 def test_a_backend_that_cannot_decode_is_refused_before_work(directory, capsys, monkeypatch):
     (directory / "outside_backend.py").write_text(BACKEND.replace(", unequal_lengths=True", ""))
     for bench in (model_sweep, transformers_sweep):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from optional import needs
 
 from bench import model_sweep
 from bench.lib.gate import OK
@@ -18,7 +19,9 @@ def tiny(monkeypatch):
     monkeypatch.setitem(model_sweep.PRESETS, "tiny", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97})
 
 
-@pytest.mark.parametrize("pair", [("eager", "sdpa"), ("transformers-sdpa", "sdpa")], ids="-".join)
+@pytest.mark.parametrize(
+    "pair", [("eager", "sdpa"), pytest.param(("transformers-sdpa", "sdpa"), marks=needs("transformers"))], ids="-".join
+)
 def test_a_sweep_writes_rows_tables_and_the_diagram(pair, tiny, tmp_path, capsys):
     arguments = ["--device", "cpu", "--quick", "--size", "tiny", "--pair", *pair, "--out", str(tmp_path)]
     model_sweep.main(arguments)

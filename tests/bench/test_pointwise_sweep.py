@@ -18,11 +18,12 @@ CASE = sweep.Case("layer_norm", "float32", M=9, N=33)
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """The command on the CPU, in a process of its own: (its output, its directory)."""
+    """The command on the CPU, as a module: (its output, its directory)."""
     out = tmp_path_factory.mktemp("sweep")
     command = [
         sys.executable,
-        "bench/pointwise_sweep.py",
+        "-m",
+        "bench.pointwise_sweep",
         "--quick",
         "--device",
         "cpu",
@@ -31,7 +32,7 @@ def quick_run(tmp_path_factory):
         "--widths",
         "64",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [*command, "--out", out], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

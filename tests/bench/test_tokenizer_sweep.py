@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from optional import needs
 
 from bench import tokenizer_sweep
 from bench.lib.texts import TEXTS, _is_prose
 from bench.tokenizer_sweep import cut, main, rows_of
 
 
+@needs("tiktoken", "tokenizers")
 def test_a_tiny_sweep_measures_every_provider(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tokenizer_sweep, "START_RUNS", 1)
     # Set here first, so that what main() sets is undone.
@@ -49,6 +51,7 @@ def test_texts_are_the_same_each_time_and_as_long_as_asked_for(name):
     assert "".join(cut(text)) == text
 
 
+@needs("tiktoken", "tokenizers")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from optional import needs
 
 from bench import transformers_sweep
 from bench.lib import providers as model_providers
@@ -20,6 +21,7 @@ def rows_of(tmp_path):
     return json.loads((tmp_path / "transformers_sweep_quick.json").read_text())["rows"]
 
 
+@needs("transformers")
 def test_a_sweep_writes_rows_and_the_chart(tiny, tmp_path, capsys):
     rows = rows_of(tmp_path)
     assert [row["mode"] for row in rows[::2]] == ["import", "prefill", "decoding", "decoding", "generate", "generate"]
@@ -35,6 +37,7 @@ def test_a_sweep_writes_rows_and_the_chart(tiny, tmp_path, capsys):
     assert "tokens_per_s" in capsys.readouterr().out
 
 
+@needs("transformers")
 def test_other_tokens_get_no_time(tiny, tmp_path, monkeypatch):
     right = model_providers.Provider.generate
 

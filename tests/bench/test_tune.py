@@ -10,6 +10,7 @@ from shutil import copy
 
 import pytest
 import torch
+from optional import needs
 
 from bench import tune
 from bench.lib.clock import Block
@@ -239,6 +240,7 @@ RECORD = [
 ]
 
 
+@needs("ruff")
 def test_what_was_measured_is_written_as_ruff_wants_it(command, capsys):
     args, environment, file = command
     tune.conclude(args, environment, "sm_90", CHOSEN, RECORD)

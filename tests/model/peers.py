@@ -1,7 +1,7 @@
 """The same GPT-2 twice: ours and transformers', with the same random weights."""
 
 import torch
-import transformers
+from optional import transformers
 
 from model import GPT2, GPT2Config
 

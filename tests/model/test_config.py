@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-import transformers
+from optional import transformers
 from whole import marked
 
 from model import GPT2, GPT2Config

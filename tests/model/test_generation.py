@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import transformers
+from optional import transformers
 from peers import TALKATIVE, pair, spread, tiny_config
 
 from model import GPT2, GPT2Config

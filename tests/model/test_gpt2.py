@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-import transformers
 from lanes import across_lanes
+from optional import transformers
 from peers import padded_batch, pair, spread, tiny_config
 
 from model import GPT2, GPT2Config, GPT2Model

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-import transformers
 from lanes import across_lanes
+from optional import transformers
 from peers import padded_batch, pair, spread, tiny_config
 
 import model.heads as heads

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from optional import transformers
 from safetensors.torch import save_file
 from whole import load_mark, marked
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-import transformers
+from optional import transformers
 from peers import pair, spread, tiny_config
 from safetensors.torch import load_file, save_file
 

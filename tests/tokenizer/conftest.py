@@ -1,8 +1,7 @@
 """The peers, built offline from our vocabulary: tiktoken's, and Hugging Face's from files we save."""
 
 import pytest
-import tiktoken
-from tokenizers import Tokenizer
+from optional import tiktoken, tokenizers
 
 from tokenizer import GPT2Tokenizer
 
@@ -40,4 +39,4 @@ def openai(gpt2):
 
 @pytest.fixture(scope="session")
 def hugging_face(saved):
-    return Tokenizer.from_file(str(saved / "tokenizer.json"))
+    return tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))

@@ -2,23 +2,25 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from optional import hypothesis, transformers
 
 from tokenizer import GPT2Tokenizer, StreamDecoder
 
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
+
+ROOT = Path(__file__).parents[2]
 TEXT = "Hello wörld 👩‍👩‍👧 and\n\n  don't 中文"
 
 
 @pytest.fixture(scope="module")
 def peer(saved):
     """transformers' tokenizer, from the directory that ours saved, padding like GPT-2's users do."""
-    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -35,7 +37,7 @@ def test_importing_and_encoding_needs_neither_torch_nor_numpy_nor_our_other_pack
         "t.decode([1]); others = 'torch', 'numpy', 'kernels', 'model', 'huggingface_hub', 'tqdm'; "
         "print([name for name in others if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -3,13 +3,12 @@
 import random
 
 import pytest
-import tiktoken
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from optional import hypothesis, tiktoken, tokenizers
 
 from tokenizer import GPT2Tokenizer
 from tokenizer.pretokenize import pieces
+
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 SURROGATES = range(0xD800, 0xE000)
 WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2007\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -101,7 +100,7 @@ def test_classes_of_characters_are_tiktokens(name, classes):
 
 
 def test_classes_of_characters_are_hugging_faces(classes):
-    cutter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cutter = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     for start in range(0, len(CHARACTERS), 1024):
         block = CHARACTERS[start : start + 1024]
         borders = {begin for _, (begin, _) in cutter.pre_tokenize_str("".join(f"a{c}1{c}\n" for c in block))}

@@ -3,9 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
-from transformers import GPT2Tokenizer as HuggingFaceTokenizer
+from optional import tokenizers, transformers
 
 from tokenizer import GPT2Tokenizer
 
@@ -16,7 +14,7 @@ def test_transformers_loads_what_we_save(fresh, tmp_path):
     fresh.add_special_tokens({"cls_token": "[CLS]"})
     fresh.pad_token = fresh.eos_token
     fresh.save_pretrained(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.encode(TEXT + "[CLS]") == fresh.encode(TEXT + "[CLS]")
     assert (theirs.cls_token_id, theirs.pad_token, theirs.model_max_length) == (50257, "<|endoftext|>", 1024)
     assert len(theirs) == len(fresh)
@@ -24,7 +22,7 @@ def test_transformers_loads_what_we_save(fresh, tmp_path):
 
 def test_save_vocabulary_writes_openais_files(gpt2, tmp_path):
     vocab, merges = gpt2.save_vocabulary(tmp_path, filename_prefix="x")
-    theirs = HuggingFaceTokenizer(vocab=vocab, merges=merges)
+    theirs = transformers.GPT2Tokenizer(vocab=vocab, merges=merges)
     assert theirs.encode(TEXT) == gpt2.encode(TEXT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-merges.txt", "x-vocab.json"]
 
@@ -41,10 +39,10 @@ def test_both_layouts_load(files, gpt2, saved, tmp_path):
 
 
 def test_a_vocabulary_that_hugging_face_trained_loads(tmp_path):
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
     )
     theirs.train_from_iterator([TEXT * 5, "low lower lowest newer wider " * 9], trainer)

@@ -13,8 +13,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from optional import hypothesis
 
 from tokenizer import GPT2Tokenizer
 from tokenizer.bpe import BytePairEncoder
@@ -24,6 +23,8 @@ from tokenizer.long_text.merging import Merger
 from tokenizer.long_text.spans import Spans
 from tokenizer.long_text.token_bytes import TokenBytes
 from tokenizer.pretokenize import pieces
+
+given, settings, example, st = hypothesis.given, hypothesis.settings, hypothesis.example, hypothesis.strategies
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 PARTS = [*"\t\n\r \v\x1c\x85\xa0\u2003\u3000\u200b", *"a1.'中é\0", "'s", "'ll", "'ve", "'LL", "word", "😀", "  ", "٣"]

@@ -4,14 +4,14 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from optional import hypothesis, tokenizers
 
 from tokenizer import GPT2Tokenizer
 from tokenizer.pretokenize import pieces
 from tokenizer.train import learn_merges
 from tokenizer.vocabulary import BYTE_TO_CHAR
+
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 TEXT = "low lower lowest, newer newest wider widest: don't 12 1212 中文中文 aaaaaaa aaaa\n\n    x  y\n" * 3
 
@@ -50,11 +50,11 @@ def test_equals_the_naive_algorithm_on_any_text(texts):
 
 
 def test_equals_hugging_faces_trainer():
-    theirs = Tokenizer(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     theirs.train_from_iterator(
-        [TEXT], trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+        [TEXT], tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     )
     ours = GPT2Tokenizer.train([TEXT], 330, special_tokens=(), progress=False)
     assert ours.get_vocab() == theirs.get_vocab()
