@@ -10,9 +10,13 @@ sequence    a hundred such operations in a row, the device's time for each: how 
 What a kernel reaches is to be held against these figures of the same machine in the same run, not against a datasheet.
 """
 
+from pathlib import Path
 import sys
 
 import torch
+
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib.cli import Parser
 from bench.lib.clock import TIMES, measure

@@ -6,6 +6,7 @@ Each bench lists its calls (`ahead`); each call is made once, on the GPU, in one
 inductor keep what they compiled on disk, where the stages find it: the same call makes the same request.
 """
 
+from pathlib import Path
 import importlib
 import os
 import sys
@@ -14,6 +15,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
 import torch
+
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib.cli import Parser, positive
 from bench.lib.clock import attempt
