@@ -10,8 +10,8 @@ sequence    a hundred such operations in a row, the device's time for each: how 
 What a kernel reaches is to be held against these figures of the same machine in the same run, not against a datasheet.
 """
 
-from pathlib import Path
 import sys
+from pathlib import Path
 
 import torch
 

@@ -6,13 +6,13 @@ Each bench lists its calls (`ahead`); each call is made once, on the GPU, in one
 inductor keep what they compiled on disk, where the stages find it: the same call makes the same request.
 """
 
-from pathlib import Path
 import importlib
 import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 

@@ -142,7 +142,7 @@ def foreign(tmp_path):
     return tmp_path / "foreign"
 
 
-COMMANDS = [["-m", "model"], ["-m", "tokenizer"], ["bench/plots.py"]]
+COMMANDS = [["-m", "model"], ["-m", "tokenizer"], ["bench/attention_sweep.py"], ["bench/plots.py"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -158,6 +158,23 @@ def test_a_checkouts_commands_run_where_others_have_its_names(command, foreign):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage:")
+
+
+def test_each_script_finds_its_own_checkout_first(foreign):
+    """In one process, which imports torch once: what a script puts before all else on the path."""
+    paths = sorted((ROOT / "bench").glob("[!_]*.py"))
+    scripts = [str(path) for path in paths if path.name != "plots.py"]  # it needs nothing before it draws
+    code = f"""
+import runpy, sys
+rest = list(sys.path)
+for script in {scripts!r}:
+    sys.path[:] = [{str(ROOT / "bench")!r}, {str(foreign)!r}, *rest]
+    runpy.run_path(script, run_name="script")
+    print(sys.path[0])
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert dict(zip(scripts, result.stdout.split(), strict=True)) == dict.fromkeys(scripts, str(ROOT))
 
 
 @pytest.mark.parametrize(("module", "package"), [("model", "kernels"), ("model.__main__", "tokenizer")])
