@@ -185,8 +185,8 @@ def test_somebody_elses_package_found_first_is_named_with_the_remedy(module, pac
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        f"ImportError: model needs the package {package} in {ROOT}, but Python finds another of that name, "
-        f"{foreign / package} (Hugging Face's is called kernels, too): run from {ROOT}, put that directory first in "
+        f"ImportError: model needs the package {package} in {ROOT}, but Python finds {foreign / package} (Hugging Face "
+        f"has a package kernels, too): run from {ROOT}, put that directory first in "
         "PYTHONPATH, or use an environment without the other package"
     )
 
@@ -233,9 +233,12 @@ site.addsitedir({str(tmp_path / "site")!r})
 import model
 print(model.__file__)
 """
-    for others, ending in (([], str(out.parent / "model" / "__init__.py")), ([foreign], "without the other package")):
-        shutil.rmtree(foreign / "model")
+    shutil.rmtree(foreign / "model")
+    mere_directory = tmp_path / "elsewhere"
+    (mere_directory / "kernels").mkdir(parents=True)  # comes before links, too, as a namespace package
+    ours, refused = str(out.parent / "model" / "__init__.py"), "without the other package"
+    for others, ending in (([], ours), ([foreign], refused), ([mere_directory], refused)):
         command = [sys.executable, "-I", "-S", "-c", code, *map(str, others)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert (done.stdout + done.stderr).strip().endswith(ending)
-        (foreign / "model").mkdir()
+        assert all(f"Python finds {other / 'kernels'} (" in done.stderr for other in others)
