@@ -56,6 +56,18 @@ def stretch_ends(kernel):
     return ends[::-1]
 
 
+def predecessors(kernel):
+    """For each instruction, the indices of those that may run right before it."""
+    before = [[] for _ in kernel.instructions]
+    for inst in kernel.instructions:
+        leaves = inst.opcode in ("ret", "exit", "trap", "bra") and inst.predicate is None
+        if not leaves and inst.index + 1 < len(before):
+            before[inst.index + 1].append(inst.index)
+        if inst.opcode == "bra":
+            before[inst.target].append(inst.index)
+    return before
+
+
 def live_registers(kernel):
     """For each instruction, the registers that may still be read from there on, as a bit set; one more for the end."""
     instructions = kernel.instructions

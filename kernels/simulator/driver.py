@@ -35,6 +35,8 @@ CHIPS = {
     "sm_90": Chip(90, 132, 232448),
 }
 
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)  # along a grid's x, y and z
+
 # The JIT keeps compiled kernels by device number: these differ per target and from any real device's.
 _FIRST_DEVICE = 9000
 
@@ -50,6 +52,11 @@ class Simulation:
 
     def launch(self, loaded, grid, tensors, arguments):
         """Runs a loaded kernel. tensors: {name: tensor}; arguments: a tensor or a number for each parameter."""
+        for size, most, axis in zip(grid, MOST_BLOCKS, "xyz"):
+            if size > most:
+                raise SimulatorError(
+                    f"{loaded.name}: grid {tuple(grid)} has {size} blocks along {axis}; a GPU takes at most {most}"
+                )
         program = loaded.program(self._transform)
         memory = GlobalMemory(tensors)
         values = [memory.address(a) if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -69,6 +76,18 @@ def _keep_files(module, function, name, metadata_group, hash):
     """Triton calls this when it loads a kernel: the only place that shows a launcher its PTX."""
     paths = [Path(path) for path in metadata_group.values()]
     _files[hash] = {path.suffix: path.read_bytes() for path in paths if path.suffix in (".ptx", ".cubin")}
+
+
+# An entry of a cubin's .nv.info: format 4 (a size and a value), attribute 0x2f (registers), 8 bytes: symbol, registers.
+_REGISTER_COUNT = b"\x04\x2f\x08\x00"
+
+
+def _registers(cubin):
+    """Registers per thread that ptxas allocated: launch code that sizes a grid by occupancy divides by them."""
+    at = cubin.find(_REGISTER_COUNT)
+    if at < 0:
+        raise SimulatorError("simulate: the cubin does not say how many registers a thread has")
+    return int.from_bytes(cubin[at + 8 : at + 12], "little")
 
 
 class _Loaded:
@@ -139,7 +158,7 @@ class _Utils:
 
     def load_binary(self, name, binary, shared, device):
         """(module, function, registers, spills, threads per block at most)"""
-        return name, name, 0, 0, 1024
+        return name, name, _registers(binary), 0, 1024
 
     def get_device_properties(self, device):
         return {

@@ -267,11 +267,23 @@ def test_a_fused_head_without_a_target_has_gradients_of_zero(lane, dtype, implem
 def test_the_weights_gradient_is_rounded_once_after_the_mean(lane, dtype, implementation):
     """Before the division by the number of rows it is beyond fp16's range, which made it infinite."""
     x = torch.full((2048, 2), 40.0).to(lane.device, dtype).requires_grad_()
-    weight = torch.zeros(3, 2).to(x).requires_grad_()
+    weight = torch.zeros(44, 2).to(x).requires_grad_()
     target = torch.zeros(2048, dtype=torch.int64, device=lane.device)
     _, _, dweight = head_gradients(lane, implementation, x, weight, target)
-    expected = 40 * (torch.full((3, 1), 1 / 3) - torch.tensor([[1.0], [0.0], [0.0]])).expand(3, 2)
+    expected = torch.full((44, 2), 40 / 44)
+    expected[0] -= 40
     torch.testing.assert_close(dweight.cpu().float(), expected, rtol=2e-3, atol=0)
+
+
+@a_property
+@in_both_forms
+def test_a_factor_below_fp16s_normal_numbers_costs_dx_no_digits(lane, dtype, implementation):
+    """A scalar tensor times an fp16 tensor is rounded to fp16 first."""
+    x, weight, target = head_inputs(4, 8, 65, dtype, lane.device)
+    x, weight = (x * 1e-4).requires_grad_(), weight * 2e4
+    loss = linear_cross_entropy(x, weight, target, implementation=implementation)
+    one, small = (torch.autograd.grad(loss * factor, x, retain_graph=True)[0] for factor in (1, 3e-7))
+    torch.testing.assert_close(small.double(), one.double() * 3e-7, rtol=2e-3, atol=1e-7)
 
 
 @a_property

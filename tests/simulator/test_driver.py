@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from kernels.simulator import OutOfBounds, SimulatorError, simulate
+from kernels.simulator import OutOfBounds, SimulatorError, Unimplemented, simulate
 from simulator import kernels
 
 
@@ -119,3 +119,35 @@ def test_it_refuses_the_interpreter():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "TRITON_INTERPRET=1 is set" in done.stderr
+
+
+@triton.jit
+def _mark(x_ptr):
+    tl.store(x_ptr + tl.program_id(1), 1.0)
+
+
+@triton.jit
+def _sine(x_ptr):
+    offs = tl.arange(0, 32)
+    tl.store(x_ptr + offs, tl.sin(tl.load(x_ptr + offs)))
+
+
+def test_a_grid_that_no_gpu_takes_is_refused():
+    with (
+        simulate("sm_90"),
+        pytest.raises(SimulatorError, match=r"_mark: grid \(1, 65536, 1\) has 65536 blocks along y"),
+    ):
+        _mark[(1, 65536)](torch.zeros(65536))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_kernel_has_its_registers(arch):
+    """Launch code that sizes a grid by occupancy divides by them."""
+    with simulate(arch):
+        kernel = _mark[(1,)](torch.zeros(1))
+    assert 0 < kernel.n_regs <= 32
+
+
+def test_a_table_of_the_module_is_named_for_what_it_is():
+    with simulate("sm_90"), pytest.raises(Unimplemented, match=r"table in the module's own memory.*tl\.sin"):
+        _sine[(1,)](torch.zeros(32))

@@ -99,6 +99,21 @@ def test_missing_fences(launches, kernel):
             launch.run(re.sub(pattern, "", launch.text))
 
 
+# wgmma.fence deleted one at a time: how many of how many are reported. Others cover for the rest.
+SINGLE_FENCES = {"forward": (4, 4), "dq": (2, 6), "dkdv": (2, 8)}
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_single_missing_fences(launches, kernel):
+    launch = launches["sm_90", kernel]
+    good = launch.run()
+    fences = launch.find(r"wgmma\.fence[^;]*;")
+    outcomes = [caught(launch, launch.without(fence), good) for fence in fences]
+    assert set(outcomes) <= {"AsyncHazard", None}
+    assert (outcomes.count("AsyncHazard"), len(outcomes)) >= SINGLE_FENCES[kernel]
+
+
 @pytest.mark.simulate
 @pytest.mark.parametrize(("chip", "kernel"), CASES)
 def test_flipped_swizzles(launches, chip, kernel):

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from ..control_flow import read, registers_in, written
+from ..control_flow import predecessors, read, registers_in, written
 from ..errors import AsyncHazard, Unimplemented
 from ..operands import reader, writer
 from ..ptx import Immediate, Vector
@@ -128,21 +128,35 @@ def wgmma(inst, kernel):
 
 
 def _fence_before(inst, kernel):
-    """Whether wgmma.fence stands between `inst` and the last ordinary instruction that touches its accumulator.
+    """Whether on every path a wgmma.fence stands between `inst` and the last other wgmma, if ordinary instructions touch
+    its accumulator in between.
 
-    The manual asks the same for A in registers. LLVM moves the arithmetic that produces A past Triton's fence, and
-    ptxas orders it all the same, so that is let pass.
+    The manual asks for the fence after those instructions, and after those that produce A in registers. LLVM moves the
+    constants, copies and arithmetic that make an accumulator or A past Triton's fence, and ptxas, which sees the
+    registers, orders them all the same: so they may stand on either side of it.
     """
     accumulator = registers_in(inst.operands[0])
-    labels = set(kernel.labels.values())
-    for other in reversed(kernel.instructions[: inst.index]):
-        if other.opcode == "wgmma" and other.has("fence"):
-            return True
-        if other.opcode != "wgmma" and (read(other) | written(other)) & accumulator:
+    before = predecessors(kernel)
+    seen, paths = set(), [(i, False) for i in before[inst.index]]
+    if not paths:
+        return False
+    while paths:
+        index, touched = paths.pop()
+        if (index, touched) in seen:
+            continue
+        seen.add((index, touched))
+        other = kernel.instructions[index]
+        if other.opcode == "wgmma":
+            if other.has("fence"):
+                continue
+            if touched:
+                return False
+        elif (read(other) | written(other)) & accumulator:
+            touched = True
+        if not before[index]:  # the kernel's beginning
             return False
-        if other.opcode == "bra" and other.index + 1 in labels:
-            return False
-    return False
+        paths += [(i, touched) for i in before[index]]
+    return True
 
 
 def _multiply(inst, kernel):
