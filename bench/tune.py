@@ -39,6 +39,7 @@ from bench.lib.lanes import DTYPES
 from bench.lib.record import progress, save, table
 from kernels import configs
 from kernels.configs import ATTENTION, AttentionConfig, attention_config, family
+from kernels.launch import forget
 from kernels.library import active_arch
 
 # By direction: the kernel whose tiles it shapes, and the pass by which it is timed.
@@ -123,6 +124,7 @@ class Trial:
         """Puts a config into the table of this process."""
         key = direction, self.itemsize
         self.rows[key] = self.rows[key] | {self.head_dim: config}
+        forget()
 
     def check(self, direction, config):
         """(error, OK), or (None or error, why the config is left out). The table keeps what it had."""

@@ -7,9 +7,47 @@ from kernels.library import INTERPRETED
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
+_NUMBERS = frozenset((int, float, bool, str, type(None)))
+_MOST = 1024  # calls that a check remembers before it starts again
+
 
 def _words(dtypes):
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def once(check):
+    """check(tensors, *values), a call of which is remembered for tensors of one geometry and equal values.
+
+    What it returns, and whether it raises, may depend on the tensors' shapes, strides, dtypes and devices and on the
+    values alone: not on addresses, contents or gradients. Errors are not remembered; nor is a call with a value that is
+    no plain number (a tensor, a symbolic size).
+    """
+    known = {}
+
+    def checked(tensors, *values):
+        if torch.compiler.is_compiling():
+            return check(tensors, *values)
+        key = [*map(type, values), values]  # 1, 1.0 and True are equal, and not the same
+        for tensor in tensors:
+            key.append(None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        key = tuple(key)
+        try:
+            result = known.get(key, known)
+            if result is not known:  # another thread may empty it in between
+                return result
+        except TypeError:  # a symbolic size cannot be hashed
+            return check(tensors, *values)
+        result = check(tensors, *values)
+        if all(type(value) in _NUMBERS for value in values):
+            if len(known) >= _MOST:
+                known.clear()
+            known[key] = result
+        return result
+
+    return checked
+
+
+_served = None  # the driver and the device that check_device last found to agree
 
 
 def check_device(function, tensor, name):
@@ -21,8 +59,12 @@ def check_device(function, tensor, name):
                 "use float16 or float32, or run without TRITON_INTERPRET"
             )
         return
+    global _served
     try:
-        device = driver.active.get_active_torch_device()
+        active = driver.active
+        if (active, tensor.device) == _served:
+            return
+        device = active.get_active_torch_device()
     except RuntimeError as error:
         raise ValueError(
             f"{function}: {name} is on {tensor.device}, and Triton finds no GPU here; the kernel needs one, or "
@@ -33,6 +75,7 @@ def check_device(function, tensor, name):
             f"{function}: {name} is on {tensor.device}, and Triton's active driver runs on {device.type}; "
             f"move the tensors to {device.type}"
         )
+    _served = active, tensor.device
 
 
 def check_dtype(function, tensor, name, allowed=FLOATS):

@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_device, check_dtype, refuse_second_derivative
+from kernels.checks import check_device, check_dtype, once, refuse_second_derivative
 from kernels.configs import GELU_TILE
-from kernels.library import LOG2E, define_op, device_of
+from kernels.launch import Launcher
+from kernels.library import LOG2E, define_op, needs_graph
 from kernels.reference import SQRT_2_OVER_PI
-from kernels.rows import PARTIAL_ROWS, _store_partial, as_rows, check_vector, column_sums, unit_stride
+from kernels.rows import PARTIAL_ROWS, _store_partial, as_rows, check_vector, column_sums, even_rows, row_stride
 
 _CUBIC = tl.constexpr(0.044715)
 _TWO_SQRT_2_OVER_PI = tl.constexpr(2 * SQRT_2_OVER_PI)
@@ -105,56 +106,47 @@ def _gelu_backward_kernel(
         _store_partial(partial_ptr, tl.sum(dbias, 0), 0, p, tl.num_programs(0), offs_n, N)  # [BLOCK_N]
 
 
+_CONSTANTS = {
+    "BLOCK_M": GELU_TILE.BLOCK_M,
+    "BLOCK_N": GELU_TILE.BLOCK_N,
+    "num_warps": GELU_TILE.num_warps,
+    "enable_fp_fusion": True,
+}
+
+
+def _forward_plan(M, N, stride_x):
+    return (triton.cdiv(M, GELU_TILE.BLOCK_M), triton.cdiv(N, GELU_TILE.BLOCK_N)), (stride_x, M, N), _CONSTANTS, {}
+
+
+def _backward_plan(M, N, stride_dy, stride_x, programs):
+    return (programs, triton.cdiv(N, GELU_TILE.BLOCK_N)), (stride_dy, stride_x, M, N), _CONSTANTS, {}
+
+
+_launch_forward = Launcher(_gelu_forward_kernel, _forward_plan)
+_launch_backward = Launcher(_gelu_backward_kernel, _backward_plan)
+
+
 def _launch_gelu_forward(x, bias):
-    """y [M, N]."""
-    M, N = x.shape
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if M:
-        config = GELU_TILE
-        grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
-        with device_of(x):
-            _gelu_forward_kernel[grid](
-                x,
-                bias,
-                y,
-                x.stride(0),
-                M,
-                N,
-                BLOCK_M=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-            )
+    """y [..., N]."""
+    y = x.new_empty(x.shape)
+    if y.numel():
+        N = x.shape[-1]
+        _launch_forward((x, bias, y), y.numel() // N, N, row_stride(x))
     return y
 
 
 def _launch_gelu_backward(dy, x, bias):
-    """dx [M, N], and dbias [N] where there is a bias, else None."""
-    M, N = x.shape
-    dx = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = GELU_TILE
-    programs = triton.cdiv(M, config.BLOCK_M)
+    """dx [..., N], and dbias [N] where there is a bias, else None."""
+    N = x.shape[-1]
+    M = x.numel() // N
+    dx = x.new_empty(x.shape)
+    programs = triton.cdiv(M, GELU_TILE.BLOCK_M)
     partial = None
     if bias is not None:
         programs = min(PARTIAL_ROWS, programs)
-        partial = torch.empty(1, programs, N, dtype=torch.float32, device=x.device)
+        partial = x.new_empty((1, programs, N), dtype=torch.float32)
     if M:
-        with device_of(x):
-            _gelu_backward_kernel[(programs, triton.cdiv(N, config.BLOCK_N))](
-                dy,
-                x,
-                bias,
-                dx,
-                partial,
-                dy.stride(0),
-                x.stride(0),
-                M,
-                N,
-                BLOCK_M=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-            )
+        _launch_backward((dy, x, bias, dx, partial), M, N, row_stride(dy), row_stride(x), programs)
     return dx, None if bias is None else column_sums(partial, bias.dtype)[0]
 
 
@@ -207,7 +199,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("gelu")
-        return gelu_backward(unit_stride(dy), *ctx.saved_tensors)
+        return gelu_backward(even_rows(dy), *ctx.saved_tensors)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -219,7 +211,17 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("bias_gelu")
-        return bias_gelu_backward(unit_stride(dy), *ctx.saved_tensors)
+        return bias_gelu_backward(even_rows(dy), *ctx.saved_tensors)
+
+
+@once
+def _check(tensors):
+    x, bias = tensors
+    function = "gelu" if bias is None else "bias_gelu"
+    as_rows(function, x, "x")
+    check_dtype(function, x, "x")
+    if bias is not None:
+        check_vector(function, x, "x", bias, "bias")
 
 
 def gelu(x):
@@ -229,14 +231,11 @@ def gelu(x):
     Returns y with x's shape and dtype, contiguous; arithmetic is fp32.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    rows = as_rows("gelu", x, "x")
-    check_dtype("gelu", x, "x")
-    return _Gelu.apply(rows).view(x.shape)
+    _check((x, None))
+    return _Gelu.apply(x) if needs_graph(x) else gelu_forward(x)
 
 
 def bias_gelu(x, bias):
     """gelu(x + bias) in one pass: x as for gelu, bias [N] of its dtype. Backward gives dbias with dx in one pass."""
-    rows = as_rows("bias_gelu", x, "x")
-    check_dtype("bias_gelu", x, "x")
-    check_vector("bias_gelu", x, "x", bias, "bias")
-    return _BiasGelu.apply(rows, bias).view(x.shape)
+    _check((x, bias))
+    return _BiasGelu.apply(x, bias) if needs_graph(x, bias) else bias_gelu_forward(x, bias)

@@ -19,14 +19,17 @@ backward 3 M N e (4 with a second gradient into total, one more with dropout), w
 most rows.PARTIAL_ROWS. FLOPs: about 8 a forward element, 12 a backward one; memory decides.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_device, check_dropout, check_dtype, check_same, refuse_second_derivative
+from kernels.checks import check_device, check_dropout, check_dtype, check_same, once, refuse_second_derivative
 from kernels.configs import row_config
 from kernels.dropout import dropout_mask, dropout_numbers
-from kernels.library import define_op, device_of
+from kernels.launch import Launcher
+from kernels.library import define_op, needs_graph
 from kernels.rows import (
     PARTIAL_ROWS,
     _load_tile,
@@ -36,7 +39,8 @@ from kernels.rows import (
     as_rows,
     check_vector,
     column_sums,
-    unit_stride,
+    even_rows,
+    row_stride,
 )
 
 MAX_WIDTH = 16384
@@ -235,90 +239,72 @@ def _weight_gradients_kernel(
     _store_partial(partial_ptr, tl.sum(dbias, 0), 1, p, tl.num_programs(1), offs_n, N)
 
 
+def _constants(config, N):
+    return {
+        "N": N,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "COLUMN_TILES": config.COLUMN_TILES,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _forward_plan(M, N, stride_x, stride_residual, eps, dropout_p):
+    config = row_config("forward", N)
+    numbers = (stride_x, stride_residual, M, eps, *dropout_numbers(dropout_p))
+    return (triton.cdiv(M, config.BLOCK_M),), numbers, _constants(config, N), {}
+
+
+def _backward_plan(M, N, stride_dy, stride_dtotal, stride_x, dropout_p):
+    config = row_config("backward", N)
+    numbers = (stride_dy, stride_dtotal, stride_x, M, *dropout_numbers(dropout_p))
+    return (_programs(M, N),), numbers, {**_constants(config, N), "SUMS": config.SUMS}, {}
+
+
+def _weight_gradients_plan(M, N, stride_dy, stride_x):
+    options = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4, "enable_fp_fusion": True}
+    return (triton.cdiv(N, 256), _programs(M, N)), (stride_dy, stride_x, M, N), options, {}
+
+
+_launch_forward = Launcher(_layer_norm_forward_kernel, _forward_plan)
+_launch_backward = Launcher(_layer_norm_backward_kernel, _backward_plan)
+_launch_weight_gradients = Launcher(_weight_gradients_kernel, _weight_gradients_plan)
+_backward_config = functools.lru_cache(functools.partial(row_config, "backward"))
+
+
+def _programs(M, N):
+    """How many programs share M rows in backward."""
+    return min(PARTIAL_ROWS, triton.cdiv(M, _backward_config(N).BLOCK_M))
+
+
 def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
-    """y, and total or None without a residual, [M, N]; mean [2, M] (itself and the rest) and rstd [M], both fp32."""
-    M, N = x.shape
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(y)
-    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in ((2, M), (M,)))
+    """y, and total or None without a residual, [..., N]; mean [2, M] (itself and the rest) and rstd [M], both fp32."""
+    N = x.shape[-1]
+    M = x.numel() // N
+    y = x.new_empty(x.shape)
+    total = None if residual is None else x.new_empty(x.shape)
+    mean, rstd = x.new_empty((2, M), dtype=torch.float32), x.new_empty((M,), dtype=torch.float32)
     if M:
-        config = row_config("forward", N)
-        with device_of(x):
-            _layer_norm_forward_kernel[(triton.cdiv(M, config.BLOCK_M),)](
-                x,
-                residual,
-                weight,
-                bias,
-                seed,
-                total,
-                y,
-                mean,
-                rstd,
-                x.stride(0),
-                0 if residual is None else residual.stride(0),
-                M,
-                eps,
-                *dropout_numbers(dropout_p),
-                N=N,
-                BLOCK_M=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                COLUMN_TILES=config.COLUMN_TILES,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-            )
+        strides = row_stride(x), 0 if residual is None else row_stride(residual)
+        _launch_forward((x, residual, weight, bias, seed, total, y, mean, rstd), M, N, *strides, eps, dropout_p)
     return y, total, mean, rstd
 
 
 def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout_p):
-    """dresidual [M, N], dx [M, N] (None without a seed), and dweight and dbias as one [2, N]."""
-    M, N = x.shape
-    dresidual = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    dx = None if seed is None else torch.empty_like(dresidual)
-    config = row_config("backward", N)
-    programs = min(PARTIAL_ROWS, triton.cdiv(M, config.BLOCK_M))
-    partial = torch.empty(2, programs, N, dtype=torch.float32, device=x.device)
+    """dresidual [..., N], dx [..., N] (None without a seed), and dweight and dbias as one [2, N]."""
+    N = x.shape[-1]
+    M = x.numel() // N
+    dresidual = x.new_empty(x.shape)
+    dx = None if seed is None else x.new_empty(x.shape)
+    partial = x.new_empty((2, _programs(M, N), N), dtype=torch.float32)
     if M:
-        with device_of(x):
-            _layer_norm_backward_kernel[(programs,)](
-                dy,
-                dtotal,
-                x,
-                weight,
-                mean,
-                rstd,
-                seed,
-                dresidual,
-                dx,
-                partial,
-                dy.stride(0),
-                0 if dtotal is None else dtotal.stride(0),
-                x.stride(0),
-                M,
-                *dropout_numbers(dropout_p),
-                N=N,
-                BLOCK_M=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                COLUMN_TILES=config.COLUMN_TILES,
-                SUMS=config.SUMS,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-            )
-            if not config.SUMS:
-                _weight_gradients_kernel[(triton.cdiv(N, 256), programs)](
-                    dy,
-                    x,
-                    mean,
-                    rstd,
-                    partial,
-                    dy.stride(0),
-                    x.stride(0),
-                    M,
-                    N,
-                    BLOCK_M=16,
-                    BLOCK_N=256,
-                    num_warps=4,
-                    enable_fp_fusion=True,
-                )
+        stride_dy, stride_x = row_stride(dy), row_stride(x)
+        stride_dtotal = 0 if dtotal is None else row_stride(dtotal)
+        tensors = (dy, dtotal, x, weight, mean, rstd, seed, dresidual, dx, partial)
+        _launch_backward(tensors, M, N, stride_dy, stride_dtotal, stride_x, dropout_p)
+        if not _backward_config(N).SUMS:
+            _launch_weight_gradients((dy, x, mean, rstd, partial), M, N, stride_dy, stride_x)
     return dresidual, dx, column_sums(partial, weight.dtype)
 
 
@@ -329,7 +315,8 @@ def _forward(x, weight, bias, eps):
 
 
 def _forward_fake(x, weight, bias, eps):
-    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, x.shape[0]), x.shape[:1]))
+    M = x.numel() // x.shape[-1]
+    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, M), (M,)))
     return x.new_empty(x.shape), mean, rstd
 
 
@@ -396,7 +383,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("layer_norm")
-        dx, dparameters = layer_norm_backward(unit_stride(dy), *ctx.saved_tensors)
+        dx, dparameters = layer_norm_backward(even_rows(dy), *ctx.saved_tensors)
         return dx, *dparameters.unbind(), None
 
 
@@ -413,13 +400,24 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(ctx, dy, dtotal):
         refuse_second_derivative("add_layer_norm")
         total, *saved, seed = ctx.saved_tensors
-        dy = torch.zeros_like(total) if dy is None else unit_stride(dy)
-        dtotal = None if dtotal is None else unit_stride(dtotal)
+        dy = torch.zeros_like(total) if dy is None else even_rows(dy)
+        dtotal = None if dtotal is None else even_rows(dtotal)
         dresidual, dx, dparameters = add_layer_norm_backward(dy, dtotal, total, *saved, seed, ctx.dropout_p)
         return dresidual if seed is None else dx, dresidual, *dparameters.unbind(), None, None, None
 
 
-def _check_parameters(function, x, weight, bias):
+@once
+def _check(tensors):
+    x, residual, weight, bias = tensors
+    function = "layer_norm" if residual is None else "add_layer_norm"
+    as_rows(function, x, "x")
+    if residual is not None:
+        as_rows(function, residual, "residual")
+        check_same(function, x, "x", residual, "residual")
+        if x.shape != residual.shape:
+            raise ValueError(
+                f"{function}: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; they must match"
+            )
     check_dtype(function, x, "x")
     N = x.shape[-1]
     if N > MAX_WIDTH:
@@ -436,9 +434,11 @@ def layer_norm(x, weight, bias, eps=1e-5):
     Returns y with x's shape and dtype, contiguous. Its bits depend on the row alone, not on the others.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    rows = as_rows("layer_norm", x, "x")
-    _check_parameters("layer_norm", x, weight, bias)
-    return _LayerNorm.apply(rows, weight, bias, float(eps)).view(x.shape)
+    _check((x, None, weight, bias))
+    eps = float(eps)
+    if needs_graph(x, weight, bias):
+        return _LayerNorm.apply(x, weight, bias, eps)
+    return layer_norm_forward(x, weight, bias, eps)[0]
 
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropout_seed=None):
@@ -449,14 +449,9 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropou
     dropout_seed: int64 [1] on x's device; drawn from torch's generator there unless given.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    function = "add_layer_norm"
-    rows, residual_rows = as_rows(function, x, "x"), as_rows(function, residual, "residual")
-    check_same(function, x, "x", residual, "residual")
-    if x.shape != residual.shape:
-        raise ValueError(
-            f"{function}: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; they must match"
-        )
-    _check_parameters(function, x, weight, bias)
-    seed = check_dropout(function, x, dropout_p, dropout_seed)
-    y, total = _AddLayerNorm.apply(rows, residual_rows, weight, bias, seed, float(eps), float(dropout_p))
-    return y.view(x.shape), total.view(x.shape)
+    _check((x, residual, weight, bias))
+    seed = check_dropout("add_layer_norm", x, dropout_p, dropout_seed)
+    options = seed, float(eps), float(dropout_p)
+    if needs_graph(x, residual, weight, bias):
+        return _AddLayerNorm.apply(x, residual, weight, bias, *options)
+    return add_layer_norm_forward(x, residual, weight, bias, *options)[:2]

@@ -1,10 +1,12 @@
-"""How our kernels meet PyTorch and Triton: the op library, the device they run on, the constants they share."""
+"""How our kernels meet PyTorch and Triton: the op library, who must see a call, the constants that kernels share."""
 
 import contextlib
 import math
 
 import torch
 import triton
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 from triton.runtime import driver
 
 LOG2E = math.log2(math.e)
@@ -17,16 +19,75 @@ _LIBRARY = torch.library.Library("gpt2", "DEF")
 
 
 def define_op(schema, implementation, fake):
-    """Registers `gpt2::<schema>`: `implementation` for tensors on any device, `fake` for tracing.
+    """Registers `gpt2::<schema>`: `implementation` for tensors on any device, `fake` for tracing. Returns the op.
 
-    Registered this way an op costs a few microseconds a call, less than through torch.library.custom_op. Returns it.
+    A call through torch's dispatcher costs more than the rest of the launch. The op returned calls `implementation`
+    itself where that is all that the dispatcher would do (is_plain), and is `overload` everywhere else.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"gpt2::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.gpt2, name).default
+    overload = getattr(torch.ops.gpt2, name).default
+    kinds = [_KINDS[str(argument.type)] for argument in overload._schema.arguments]
+
+    def op(*arguments):
+        if torch.compiler.is_compiling() or not is_plain(arguments, kinds):
+            return overload(*arguments)
+        return implementation(*arguments)
+
+    op.overload = overload
+    return op
+
+
+_TENSOR = frozenset((torch.Tensor, torch.nn.Parameter))
+_NONE = frozenset((type(None),))
+# By a schema's type the Python types that the dispatcher hands on as they are.
+_KINDS = {"Tensor": _TENSOR, "Optional[Tensor]": _TENSOR | _NONE} | {
+    kind.__name__: frozenset((kind,)) for kind in (int, float, bool, str)
+}
+_KEY = torch._C.DispatchKey
+_ORDINARY = 0  # the dispatch keys of a tensor that a kernel can take as it is
+for _key in (
+    *(_KEY.CPU, _KEY.AutogradCPU, _KEY.AutocastCPU, _KEY.CUDA, _KEY.AutogradCUDA, _KEY.AutocastCUDA),
+    _KEY.ADInplaceOrView,
+):
+    _ORDINARY |= torch._C.DispatchKeySet(_key).raw_repr()
+_PECULIAR = ~_ORDINARY
+_QUIET = {0}  # what a thread includes in every dispatch while no mode is active
+for _key in (_KEY.BackendSelect, _KEY.ADInplaceOrView):
+    _QUIET |= {before | torch._C.DispatchKeySet(_key).raw_repr() for before in _QUIET}
+_included = torch._C._dispatch_tls_local_include_set
+_keys = torch._C._dispatch_keys
+_profiling = torch._C._autograd._profiler_enabled  # a profile names the ops
+
+
+def is_plain(arguments, kinds):
+    """Whether the dispatcher would hand these arguments to the kernel unchanged, with nobody else to tell.
+
+    It goes by the dispatch keys of the thread and of the tensors: modes (fake tensors, proxies, counters), torch.func,
+    functionalization, tensor subclasses, negative views and zero tensors show there. Overridden torch functions and
+    the profiler do not, and are asked for.
+    """
+    if _included().raw_repr() not in _QUIET or has_torch_function(arguments) or _profiling():
+        return False
+    if len(arguments) != len(kinds):
+        return False
+    for argument, allowed in zip(arguments, kinds):
+        kind = type(argument)
+        if kind not in allowed or (kind in _TENSOR and _keys(argument).raw_repr() & _PECULIAR):
+            return False
+    return True
+
+
+def needs_graph(*tensors):
+    """Whether autograd must see a call: in reverse mode, in forward mode or under torch.func."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def active_arch():

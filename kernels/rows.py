@@ -8,12 +8,11 @@ Sums over rows (dweight, dbias) are taken by P programs, at most PARTIAL_ROWS, e
 fp32, and a second kernel adds those up: no atomics, and an order that depends on the shape alone.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from kernels.checks import check_last_stride, check_same
-from kernels.library import device_of
+from kernels.launch import Launcher
 
 # How many programs share the rows where columns are summed: one for each SM of most large chips, and few enough that
 # writing and reading their partial sums stays below a tenth of the bytes at GPT-2's sizes.
@@ -76,12 +75,18 @@ def _column_sums_kernel(partial_ptr, sums_ptr, P, N, BLOCK_P: tl.constexpr, BLOC
     tl.store(sums_ptr + k * N + offs_n, sums, mask=offs_n < N)
 
 
+def _column_sums_plan(K, P, N):
+    return (triton.cdiv(N, 32), K), (P, N), {"BLOCK_P": 32, "BLOCK_N": 32, "num_warps": 4}, {}
+
+
+_launch_column_sums = Launcher(_column_sums_kernel, _column_sums_plan)
+
+
 def column_sums(partial, dtype):
     """The sums over axis 1 of partial [K, P, N] fp32, rounded once to dtype: [K, N]."""
     K, P, N = partial.shape
-    sums = torch.empty(K, N, dtype=dtype, device=partial.device)
-    with device_of(partial):
-        _column_sums_kernel[(triton.cdiv(N, 32), K)](partial, sums, P, N, BLOCK_P=32, BLOCK_N=32, num_warps=4)
+    sums = partial.new_empty((K, N), dtype=dtype)
+    _launch_column_sums((partial, sums), K, P, N)
     return sums
 
 
@@ -100,6 +105,17 @@ def as_rows(function, tensor, name):
         ) from error
 
 
+def row_stride(tensor):
+    """What as_rows(tensor).stride(0) would be, without making the view."""
+    shape = tensor.shape
+    if len(shape) == 2:
+        return tensor.stride(0)
+    for axis in range(len(shape) - 2, -1, -1):
+        if shape[axis] != 1:
+            return tensor.stride(axis)
+    return shape[-1]
+
+
 def check_vector(function, x, x_name, vector, name):
     """`vector` must be a contiguous [N] for x [..., N], of x's dtype and device."""
     check_same(function, x, x_name, vector, name)
@@ -111,5 +127,10 @@ def check_vector(function, x, x_name, vector, name):
 
 
 def unit_stride(gradient):
-    """Autograd may hand over any strides (an expanded scalar after .sum()); the kernels read rows of unit stride."""
+    """Autograd may hand over any strides (an expanded scalar after .sum()); attention reads rows of unit stride."""
     return gradient if gradient.stride(-1) == 1 or gradient.shape[-1] == 1 else gradient.contiguous()
+
+
+def even_rows(gradient):
+    """As unit_stride, for the row-wise kernels, whose rows are also evenly spaced."""
+    return gradient if gradient.is_contiguous() else gradient.contiguous()

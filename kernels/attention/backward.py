@@ -23,10 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.plans import contiguous_heads, packed_heads, tile_constants
 from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
 from kernels.dropout import dropout_mask, dropout_numbers
-from kernels.library import LOG2E, device_of, dot_precision
+from kernels.launch import Launcher
+from kernels.library import LOG2E
 
 
 @triton.jit
@@ -237,44 +239,72 @@ def _attention_dkdv_kernel(
     _store_rows(dv_ptr + b * stride_dvb + h * stride_dvh, dv, position, stride_dvt, inside, HEAD_DIM, BLOCK_D)
 
 
+def _plan(direction, strides, T, bytes_per_head, shape, T_k, dtype, dropout, scale, causal, dropout_p, offsets=None):
+    """strides: those of the six tensors [B, H, T, D] that come first; T: the length that is cut into tiles."""
+    B, H, T_q, D = shape
+    config = attention_config(direction, dtype, D, dropout=dropout)
+    numbers = (
+        *(stride for each in strides for stride in each[:3]),
+        H,
+        T_q,
+        T_k,
+        heads_in_l2(bytes_per_head * dtype.itemsize, B * H),
+        scale,
+        scale * LOG2E,
+        *dropout_numbers(dropout_p),
+    )
+    grid = (B * H * triton.cdiv(T, config.BLOCK_M if direction == "dq" else config.BLOCK_N),)
+    return grid, numbers, tile_constants(config, dtype, D, causal, dropout), offsets or {}
+
+
+def _dq_plan(shape, T_k, q, k, v, o, do, dq, dk, dv, *rest):
+    return _plan("dq", (q, k, v, o, do, dq), shape[2], 2 * T_k * shape[3], shape, T_k, *rest)
+
+
+def _dkdv_plan(shape, T_k, q, k, v, o, do, dq, dk, dv, *rest):
+    return _plan("dkdv", (q, k, v, do, dk, dv), T_k, 2 * shape[2] * shape[3], shape, T_k, *rest)
+
+
+def _packed(plan, parts):
+    """plan for qkv [B, T, 3C] and its gradient; parts: {index of a pointer: which of q, k, v it means}."""
+
+    def packed_plan(shape, qkv_strides, o_strides, do_strides, num_heads, *rest):
+        B, T, three_C = shape
+        C = three_C // 3
+        D = C // num_heads
+        qkv, o, do = (packed_heads(strides, D) for strides in (qkv_strides, o_strides, do_strides))
+        dqkv = contiguous_heads(T, num_heads, D, 3)
+        strides = qkv, qkv, qkv, o, do, dqkv, dqkv, dqkv
+        return plan((B, num_heads, T, D), T, *strides, *rest, {i: part * C for i, part in parts.items()})
+
+    return packed_plan
+
+
+_launch_dq = Launcher(_attention_dq_kernel, _dq_plan)
+_launch_dkdv = Launcher(_attention_dkdv_kernel, _dkdv_plan)
+_launch_packed_dq = Launcher(_attention_dq_kernel, _packed(_dq_plan, {1: 1, 2: 2}))
+_launch_packed_dkdv = Launcher(_attention_dkdv_kernel, _packed(_dkdv_plan, {1: 1, 2: 2, 4: 1, 5: 2}))
+
+
 def _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, options):
     """Writes dq, dk and dv, which have the shapes of q, k and v and strides of their own."""
-    B, H, T_q, D = q.shape
-    T_k = k.shape[2]
-    if q.numel() == 0:
-        return
-    delta = torch.empty_like(lse)
-    for direction, kernel, T, tensors, bytes_per_head in (
-        ("dq", _attention_dq_kernel, T_q, (q, k, v, o, do, dq), 2 * T_k * D),
-        ("dkdv", _attention_dkdv_kernel, T_k, (q, k, v, do, dk, dv), 2 * T_q * D),
-    ):
-        config = attention_config(direction, q.dtype, D, dropout=options.seed is not None)
-        tiles = triton.cdiv(T, config.BLOCK_M if direction == "dq" else config.BLOCK_N)
-        with device_of(q):
-            kernel[(B * H * tiles,)](
-                *tensors,
-                lse,
-                delta,
-                options.kv_start,
-                options.kv_end,
-                options.q_start,
-                options.seed,
-                *(stride for tensor in tensors for stride in tensor.stride()[:3]),
-                H,
-                T_q,
-                T_k,
-                heads_in_l2(bytes_per_head * q.element_size(), B * H),
-                options.scale,
-                options.scale * LOG2E,
-                *dropout_numbers(options.dropout_p),
-                HEAD_DIM=D,
-                BLOCK_D=max(16, triton.next_power_of_2(D)),
-                BLOCK_M=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                IS_CAUSAL=options.causal,
-                HAS_DROPOUT=options.seed is not None,
-                DOT_PRECISION=dot_precision(q.dtype),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                enable_fp_fusion=True,
-            )
+    if q.numel():
+        kv_start, kv_end, q_start, seed, *numbers = options
+        tail = (lse, torch.empty_like(lse), kv_start, kv_end, q_start, seed)  # the second is delta
+        strides = [x.stride() for x in (q, k, v, o, do, dq, dk, dv)]
+        key = (q.shape, k.shape[2], *strides, q.dtype, seed is not None, *numbers)
+        _launch_dq((q, k, v, o, do, dq, *tail), *key)
+        _launch_dkdv((q, k, v, do, dk, dv, *tail), *key)
+
+
+def _launch_packed_backward(do, qkv, o, lse, num_heads, options):
+    """dqkv [B, T, 3C], contiguous."""
+    shape = qkv.shape
+    dqkv = qkv.new_empty(shape)
+    if shape[0] and shape[1]:
+        kv_start, kv_end, q_start, seed, *numbers = options
+        tail = (lse, torch.empty_like(lse), kv_start, kv_end, q_start, seed)  # the second is delta
+        key = (shape, qkv.stride(), o.stride(), do.stride(), num_heads, qkv.dtype, seed is not None, *numbers)
+        _launch_packed_dq((qkv, qkv, qkv, o, do, dqkv, *tail), *key)
+        _launch_packed_dkdv((qkv, qkv, qkv, do, dqkv, dqkv, *tail), *key)
+    return dqkv

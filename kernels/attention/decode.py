@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.plans import constants, contiguous_heads
 from kernels.attention.tiles import _load_rows, _row_bounds, _store_rows, _visible
-from kernels.library import LOG2E, device_of, dot_precision
+from kernels.launch import Launcher
+from kernels.library import LOG2E, dot_precision
 
 MAX_QUERIES = 16
 MERGED_AT_ONCE = 8
@@ -143,64 +145,49 @@ def _attention_merge_kernel(
     tl.store(lse_ptr + head * T_q + i, m_i + tl.log2(l_i))
 
 
+def _decode_plan(shape, T_k, q_strides, k_strides, v_strides, dtype, scale, causal):
+    B, H, T_q, D = shape
+    SPLIT = split_size(D, dtype.itemsize)
+    numbers = (*q_strides[:3], *k_strides[:3], *v_strides[:3], H, T_q, T_k, scale * LOG2E)
+    options = constants(
+        dtype,
+        D,
+        BLOCK_M=1 if T_q == 1 else MAX_QUERIES,
+        SPLIT=SPLIT,
+        IS_CAUSAL=causal,
+        DOT_PRECISION=dot_precision(dtype),
+        num_warps=4,
+    )
+    return (triton.cdiv(T_k, SPLIT), B * H), numbers, options, {}
+
+
+def _merge_plan(shape, T_k, dtype):
+    B, H, T_q, D = shape
+    SPLIT = split_size(D, dtype.itemsize)
+    numbers = (*contiguous_heads(T_q, H, D), H, T_q, T_k, triton.cdiv(T_k, SPLIT))
+    return (T_q, B * H), numbers, constants(dtype, D, BLOCK_S=MERGED_AT_ONCE, SPLIT=SPLIT, num_warps=1), {}
+
+
+_launch_decode = Launcher(_attention_decode_kernel, _decode_plan)
+_launch_merge = Launcher(_attention_merge_kernel, _merge_plan)
+
+
 def _launch_attention_decode(q, k, v, options):
     """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2. T_q <= 16."""
-    B, H, T_q, D = q.shape
+    shape = B, H, T_q, D = q.shape
     T_k = k.shape[2]
-    o = torch.empty(B, T_q, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(B, H, T_q, dtype=torch.float32, device=q.device)
-    if o.numel() == 0:
-        return o, lse
-    BLOCK_D = max(16, triton.next_power_of_2(D))
-    SPLIT = split_size(D, q.element_size())
-    num_splits = triton.cdiv(T_k, SPLIT)
-    partial = torch.empty(B, H, num_splits, T_q, BLOCK_D, dtype=torch.float32, device=q.device)
-    split_lse = torch.empty(B, H, num_splits, T_q, dtype=torch.float32, device=q.device)
-    with device_of(q):
-        _attention_decode_kernel[(num_splits, B * H)](
-            q,
-            k,
-            v,
-            partial,
-            split_lse,
-            options.kv_start,
-            options.kv_end,
-            options.q_start,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            H,
-            T_q,
-            T_k,
-            options.scale * LOG2E,
-            HEAD_DIM=D,
-            BLOCK_D=BLOCK_D,
-            BLOCK_M=1 if T_q == 1 else MAX_QUERIES,
-            SPLIT=SPLIT,
-            IS_CAUSAL=options.causal,
-            DOT_PRECISION=dot_precision(q.dtype),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-        _attention_merge_kernel[(T_q, B * H)](
-            partial,
-            split_lse,
-            o,
-            lse,
-            options.kv_start,
-            options.kv_end,
-            *o.stride()[:3],
-            H,
-            T_q,
-            T_k,
-            num_splits,
-            HEAD_DIM=D,
-            BLOCK_D=BLOCK_D,
-            BLOCK_S=MERGED_AT_ONCE,
-            SPLIT=SPLIT,
-            num_warps=1,
-            enable_fp_fusion=True,
-        )
+    o = q.new_empty((B, T_q, H, D)).transpose(1, 2)
+    lse = q.new_empty((B, H, T_q), dtype=torch.float32)
+    if o.numel():
+        num_splits = triton.cdiv(T_k, split_size(D, q.dtype.itemsize))
+        BLOCK_D = max(16, triton.next_power_of_2(D))
+        partial = q.new_empty((B, H, num_splits, T_q, BLOCK_D), dtype=torch.float32)
+        split_lse = q.new_empty((B, H, num_splits, T_q), dtype=torch.float32)
+        kv_start, kv_end, q_start, _, scale, causal, _ = options
+        strides = q.stride(), k.stride(), v.stride()
+        tensors = (q, k, v, partial, split_lse, kv_start, kv_end, q_start)
+        _launch_decode(tensors, shape, T_k, *strides, q.dtype, scale, causal)
+        _launch_merge((partial, split_lse, o, lse, kv_start, kv_end), shape, T_k, q.dtype)
     return o, lse
 
 

@@ -10,7 +10,8 @@ import triton.language as tl
 from kernels.attention.tiles import _row_bounds
 from kernels.checks import check_device
 from kernels.dropout import dropout_mask, dropout_numbers
-from kernels.library import define_op, device_of
+from kernels.launch import Launcher
+from kernels.library import define_op
 
 
 @triton.jit
@@ -35,13 +36,18 @@ def _attention_keep_kernel(
     tl.store(ptrs, keep, mask=(offs_m < T_q)[:, None] & (position < T_k)[None, :])
 
 
+def _plan(B, H, T_q, T_k, dropout_p):
+    grid = (triton.cdiv(T_q, 16), triton.cdiv(T_k, 64), B * H)
+    return grid, (H, T_q, T_k, dropout_numbers(dropout_p)[1]), {"BLOCK_M": 16, "BLOCK_N": 64}, {}
+
+
+_launch = Launcher(_attention_keep_kernel, _plan)
+
+
 def _keep_mask(seed, B, H, T_q, T_k, dropout_p, kv_start):
     check_device("attention_keep_mask", seed, "seed")
     keep = torch.zeros(B, H, T_q, T_k, dtype=torch.bool, device=seed.device)
-    with device_of(seed):
-        _attention_keep_kernel[(triton.cdiv(T_q, 16), triton.cdiv(T_k, 64), B * H)](
-            keep, seed, kv_start, H, T_q, T_k, dropout_numbers(dropout_p)[1], BLOCK_M=16, BLOCK_N=64
-        )
+    _launch((keep, seed, kv_start), B, H, T_q, T_k, dropout_p)
     return keep
 
 

@@ -20,10 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.plans import contiguous_heads, packed_heads, tile_constants
 from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
 from kernels.dropout import dropout_mask, dropout_numbers
-from kernels.library import LOG2E, device_of, dot_precision
+from kernels.launch import Launcher
+from kernels.library import LOG2E
 
 PARTS = tl.constexpr(8)
 
@@ -116,45 +118,58 @@ def _attention_forward_kernel(
     tl.store(lse_ptr + head * T_q + offs_m, m_i + tl.log2(l_i), mask=inside)
 
 
+def _plan(shape, T_k, q_strides, k_strides, v_strides, dtype, dropout, scale, causal, dropout_p, offsets=None):
+    """shape: q's [B, H, T_q, D]; o is [B, T_q, H, D] in memory."""
+    B, H, T_q, D = shape
+    config = attention_config("forward", dtype, D, dropout=dropout)
+    numbers = (
+        *q_strides[:3],
+        *k_strides[:3],
+        *v_strides[:3],
+        *contiguous_heads(T_q, H, D),
+        H,
+        T_q,
+        T_k,
+        heads_in_l2(2 * T_k * D * dtype.itemsize, B * H),
+        scale * LOG2E,
+        *dropout_numbers(dropout_p),
+    )
+    grid = (B * H * triton.cdiv(T_q, config.BLOCK_M),)
+    return grid, numbers, tile_constants(config, dtype, D, causal, dropout), offsets or {}
+
+
+def _packed_plan(shape, strides, num_heads, *rest):
+    """shape and strides: those of qkv [B, T, 3C]."""
+    B, T, three_C = shape
+    C = three_C // 3
+    heads = packed_heads(strides, C // num_heads)
+    return _plan((B, num_heads, T, C // num_heads), T, heads, heads, heads, *rest, {1: C, 2: 2 * C})
+
+
+_launch = Launcher(_attention_forward_kernel, _plan)
+_launch_packed = Launcher(_attention_forward_kernel, _packed_plan)
+
+
 def _launch_attention_forward(q, k, v, options):
     """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2."""
-    B, H, T_q, D = q.shape
-    T_k = k.shape[2]
-    o = torch.empty(B, T_q, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(B, H, T_q, dtype=torch.float32, device=q.device)
-    if o.numel() == 0:
-        return o, lse
-    config = attention_config("forward", q.dtype, D, dropout=options.seed is not None)
-    with device_of(q):
-        _attention_forward_kernel[(B * H * triton.cdiv(T_q, config.BLOCK_M),)](
-            q,
-            k,
-            v,
-            o,
-            lse,
-            options.kv_start,
-            options.kv_end,
-            options.q_start,
-            options.seed,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *o.stride()[:3],
-            H,
-            T_q,
-            T_k,
-            heads_in_l2(T_k * D * 2 * k.element_size(), B * H),
-            options.scale * LOG2E,
-            *dropout_numbers(options.dropout_p),
-            HEAD_DIM=D,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            IS_CAUSAL=options.causal,
-            HAS_DROPOUT=options.seed is not None,
-            DOT_PRECISION=dot_precision(q.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
+    shape = B, H, T_q, D = q.shape
+    o = q.new_empty((B, T_q, H, D)).transpose(1, 2)
+    lse = q.new_empty((B, H, T_q), dtype=torch.float32)
+    if o.numel():
+        kv_start, kv_end, q_start, seed, *numbers = options
+        strides = q.stride(), k.stride(), v.stride()
+        tensors = (q, k, v, o, lse, kv_start, kv_end, q_start, seed)
+        _launch(tensors, shape, k.shape[2], *strides, q.dtype, seed is not None, *numbers)
+    return o, lse
+
+
+def _launch_packed_forward(qkv, num_heads, options):
+    """o [B, T, C], and lse [B, H, T], fp32, in units of log2, from qkv [B, T, 3C]."""
+    shape = B, T, three_C = qkv.shape
+    o = qkv.new_empty((B, T, three_C // 3))
+    lse = qkv.new_empty((B, num_heads, T), dtype=torch.float32)
+    if B and T:
+        kv_start, kv_end, q_start, seed, *numbers = options
+        tensors = (qkv, qkv, qkv, o, lse, kv_start, kv_end, q_start, seed)
+        _launch_packed(tensors, shape, qkv.stride(), num_heads, qkv.dtype, seed is not None, *numbers)
     return o, lse

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.attention.backward import _launch_attention_backward
+from kernels.attention.backward import _launch_attention_backward, _launch_packed_backward
 from kernels.attention.decode import MAX_QUERIES, _launch_attention_decode
-from kernels.attention.forward import _launch_attention_forward
+from kernels.attention.forward import _launch_attention_forward, _launch_packed_forward
 from kernels.checks import (
     check_device,
     check_dropout,
@@ -19,10 +19,11 @@ from kernels.checks import (
     check_last_stride,
     check_row_vector,
     check_same,
+    once,
     refuse_second_derivative,
     refuse_transforms,
 )
-from kernels.library import LN2, define_op
+from kernels.library import LN2, define_op, needs_graph
 from kernels.rows import unit_stride
 
 MAX_HEAD_DIM = 256
@@ -48,12 +49,6 @@ def split_heads(qkv, num_heads):
     B, T, three_C = qkv.shape
     parts = qkv.view(B, T, 3, num_heads, three_C // (3 * num_heads))
     return tuple(part.transpose(1, 2) for part in parts.unbind(2))  # each [B, H, T, D]
-
-
-def _merge(o):
-    """[B, H, T, D] in memory order [B, T, H, D] as [B, T, C], a view."""
-    B, H, T, D = o.shape
-    return o.transpose(1, 2).view(B, T, H * D)
 
 
 def _forward(q, k, v, *options):
@@ -83,8 +78,7 @@ def _backward_fake(do, q, k, v, o, lse, *options):
 
 def _packed_forward(qkv, num_heads, *options):
     check_device("flash_attention_packed", qkv, "qkv")
-    o, lse = _launch_attention_forward(*split_heads(qkv, num_heads), Options(*options))
-    return _merge(o), lse
+    return _launch_packed_forward(qkv, num_heads, Options(*options))
 
 
 def _packed_forward_fake(qkv, num_heads, *options):
@@ -93,12 +87,7 @@ def _packed_forward_fake(qkv, num_heads, *options):
 
 
 def _packed_backward(do, qkv, o, lse, num_heads, *options):
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    do, o = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (do, o))
-    _launch_attention_backward(
-        do, *split_heads(qkv, num_heads), o, lse, *split_heads(dqkv, num_heads), Options(*options)
-    )
-    return dqkv
+    return _launch_packed_backward(do, qkv, o, lse, num_heads, Options(*options))
 
 
 def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
@@ -175,23 +164,57 @@ class _FlashAttentionPacked(torch.autograd.Function):
         return dqkv, None, *[None] * len(options)
 
 
-def _needs_gradient(*tensors):
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _resolve(function, tensor, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start):
-    """Checks what both public functions share and fills defaults."""
-    refuse_transforms(function)
+def _check_shared(function, tensor, B, D, scale, *bounds):
+    """Checks what both public functions take; the scale to use."""
     check_dtype(function, tensor, "the input")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"{function}: head_dim is {D}; it must be from 1 to {MAX_HEAD_DIM}")
     scale = D**-0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"{function}: scale is {scale}; it must be positive")
-    for bound, name in ((kv_start, "kv_start"), (kv_end, "kv_end"), (q_start, "q_start")):
+    for bound, name in zip(bounds, ("kv_start", "kv_end", "q_start")):
         check_row_vector(function, bound, name, B, tensor.device)
-    seed = check_dropout(function, tensor, dropout_p, dropout_seed)
-    return Options(kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p))
+    return scale
+
+
+@once
+def _check(tensors, scale):
+    """flash_attention's checks; the scale to use."""
+    function = "flash_attention"
+    q, k, v, *bounds = tensors
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"{function}: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "they must be [B, H, T, D]"
+        )
+    for tensor, name in ((k, "k"), (v, "v")):
+        check_same(function, q, "q", tensor, name)
+        for axis, what in ((0, "batch size"), (1, "heads"), (3, "head_dim")):
+            if tensor.shape[axis] != q.shape[axis]:
+                raise ValueError(
+                    f"{function}: {name} has {what} {tensor.shape[axis]}, q has {q.shape[axis]}; they must match"
+                )
+    if k.shape[2] != v.shape[2] or k.shape[2] == 0:
+        raise ValueError(
+            f"{function}: k has {k.shape[2]} keys, v has {v.shape[2]}; they must match and there must be at least one"
+        )
+    for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
+        check_last_stride(function, tensor, name)
+    return _check_shared(function, q, q.shape[0], q.shape[3], scale, *bounds)
+
+
+@once
+def _check_packed(tensors, num_heads, scale):
+    """flash_attention_packed's checks; the scale to use."""
+    function = "flash_attention_packed"
+    qkv, *bounds = tensors
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
+        raise ValueError(
+            f"{function}: qkv has shape {tuple(qkv.shape)} for {num_heads} heads; "
+            "it must be [B, T, 3 * heads * head_dim]"
+        )
+    check_last_stride(function, qkv, "qkv")
+    return _check_shared(function, qkv, qkv.shape[0], qkv.shape[2] // (3 * num_heads), scale, *bounds)
 
 
 def flash_attention(
@@ -226,33 +249,16 @@ def flash_attention(
     lse = -inf. Scores and softmax are fp32; fp32 inputs are multiplied in fp32, never TF32.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    function = "flash_attention"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"{function}: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "they must be [B, H, T, D]"
-        )
-    for tensor, name in ((k, "k"), (v, "v")):
-        check_same(function, q, "q", tensor, name)
-        for axis, what in ((0, "batch size"), (1, "heads"), (3, "head_dim")):
-            if tensor.shape[axis] != q.shape[axis]:
-                raise ValueError(
-                    f"{function}: {name} has {what} {tensor.shape[axis]}, q has {q.shape[axis]}; they must match"
-                )
-    if k.shape[2] != v.shape[2] or k.shape[2] == 0:
-        raise ValueError(
-            f"{function}: k has {k.shape[2]} keys, v has {v.shape[2]}; they must match and there must be at least one"
-        )
-    for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
-        check_last_stride(function, tensor, name)
-    B, _, _, D = q.shape
-    options = _resolve(function, q, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, q_start)
-    if q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2] and dropout_p == 0.0 and not _needs_gradient(q, k, v):
-        o, lse = attention_decode(
-            q, k, v, options.kv_start, options.kv_end, options.q_start, options.scale, options.causal
-        )
-    else:
+    refuse_transforms("flash_attention")
+    scale = _check((q, k, v, kv_start, kv_end, q_start), scale)
+    seed = check_dropout("flash_attention", q, dropout_p, dropout_seed)
+    options = Options(kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p))
+    if needs_graph(q, k, v):
         o, lse = _FlashAttention.apply(q, k, v, *options)
+    elif seed is None and q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2]:
+        o, lse = attention_decode(q, k, v, kv_start, kv_end, q_start, scale, options.causal)
+    else:
+        o, lse = attention_forward(q, k, v, *options)
     return (o, lse * LN2) if return_lse else o
 
 
@@ -264,14 +270,10 @@ def flash_attention_packed(
     qkv holds q, k and v side by side, each as num_heads heads of D = C / num_heads. Its gradient is one [B, T, 3C]
     tensor that the kernels write in place. The other arguments, the numerics and the errors are flash_attention's.
     """
-    function = "flash_attention_packed"
-    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
-        raise ValueError(
-            f"{function}: qkv has shape {tuple(qkv.shape)} for {num_heads} heads; "
-            "it must be [B, T, 3 * heads * head_dim]"
-        )
-    check_last_stride(function, qkv, "qkv")
-    B, _, three_C = qkv.shape
-    D = three_C // (3 * num_heads)
-    options = _resolve(function, qkv, B, D, scale, causal, dropout_p, dropout_seed, kv_start, kv_end, None)
-    return _FlashAttentionPacked.apply(qkv, num_heads, *options)
+    refuse_transforms("flash_attention_packed")
+    scale = _check_packed((qkv, kv_start, kv_end), num_heads, scale)
+    seed = check_dropout("flash_attention_packed", qkv, dropout_p, dropout_seed)
+    options = Options(kv_start, kv_end, None, seed, scale, bool(causal), float(dropout_p))
+    if needs_graph(qkv):
+        return _FlashAttentionPacked.apply(qkv, num_heads, *options)
+    return packed_attention_forward(qkv, num_heads, *options)[0]

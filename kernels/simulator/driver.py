@@ -172,6 +172,8 @@ class _Utils:
 class SimulatorDriver(DriverBase):
     """What `triton.runtime.driver.active` is inside `simulate`."""
 
+    takes_tensors = True  # kernels/launch.py hands over tensors, whose bounds are checked, not addresses
+
     def __init__(self, arch):
         chip = CHIPS[arch]
         self._device = _FIRST_DEVICE + chip.capability

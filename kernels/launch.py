@@ -1,0 +1,114 @@
+"""Launching a kernel for the price of a dictionary look-up: what a call needs is worked out once and remembered.
+
+Triton binds, specialises and looks up every argument at every launch, which takes the host longer than a small kernel
+takes the device. A Launcher does that once for each key. The danger is a key that forgets something:
+
+- whatever a launch depends on beside its tensors is given to plan(*key), and plan may use nothing else but the chip, so
+  that the key is complete by construction. (configs.py is part of the program; what changes its table calls forget.)
+- of the tensors the key holds device, dtype and which are None. Triton also compiles for a pointer's alignment: only
+  launches whose pointers are all multiples of 16 are remembered, any other goes through Triton itself.
+- so does a launch of tensors on several devices, and every launch while somebody watches launches (hooks, debug,
+  instrumentation) or kernels are interpreted.
+"""
+
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from kernels.library import INTERPRETED
+
+MOST = 1024  # entries that a Launcher remembers; a program whose sizes change with every call starts again there
+
+_launchers = []
+_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+
+
+def forget():
+    """Drops all that is remembered; whoever changes configs.py's tables in a running process calls it."""
+    for launcher in _launchers:
+        launcher.known.clear()
+
+
+def watched(kernel):
+    """Whether hooks or settings are in force that Triton applies launch by launch."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or kernel.pre_run_hooks
+        or _runtime.debug
+        or _compilation.instrumentation_mode
+        or _runtime.add_stages_inspection_hook
+    )
+
+
+class Launcher:
+    """Launches a @triton.jit kernel: launcher(tensors, *key), tensors being its pointers in their order, some None.
+
+    plan(*key) gives (grid, numbers, options, offsets): the grid; the arguments behind the pointers; the constexprs and
+    the compiler's options by name; {index of a pointer: offset in elements along its tensor's last axis}. key holds
+    hashable values, each of one type at its place (1, 1.0 and True are equal as keys, but not for Triton).
+    """
+
+    def __init__(self, kernel, plan):
+        self.kernel, self.plan, self.known = kernel, plan, {}
+        _launchers.append(self)
+
+    def __call__(self, tensors, *key):
+        if INTERPRETED:
+            return self._through_triton(tensors, key, None)
+        active = driver.active
+        device, index = active.get_current_device(), tensors[0].get_device()
+        if index >= 0 and index != device:
+            with torch.cuda.device(index):
+                return self(tensors, *key)
+        bits, elsewhere, pointers, dtypes = 0, 0, [], []
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+                dtypes.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                bits |= pointer
+                elsewhere |= tensor.get_device() ^ index
+                pointers.append(pointer)
+                dtypes.append(tensor.dtype)
+        full_key = (device, index, *dtypes, key)
+        if bits & 15 or elsewhere or watched(self.kernel):
+            return self._through_triton(tensors, key, None)
+        launch = self.known.get(full_key)
+        if launch is None:
+            return self._through_triton(tensors, key, full_key)
+        run, function, metadata, x, y, z, byte_offsets, rest, offsets = launch
+        if offsets is not None:
+            pointers = _views(tensors, offsets)
+        else:
+            for i, offset in byte_offsets:
+                pointers[i] += offset
+        run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *pointers, *rest)
+
+    def _through_triton(self, tensors, key, full_key):
+        """What it launches is remembered under full_key, unless that is None."""
+        grid, numbers, options, offsets = self.plan(*key)
+        compiled = self.kernel[grid](*_views(tensors, offsets), *numbers, **options)
+        if full_key is None or not isinstance(compiled, CompiledKernel):
+            return
+        if len(self.known) >= MOST:
+            self.known.clear()
+        names = self.kernel.arg_names[len(tensors) + len(numbers) :]
+        self.known[full_key] = (
+            compiled.run,
+            compiled.function,
+            compiled.packed_metadata,
+            *(*grid, 1, 1)[:3],
+            [(i, offset * tensors[i].element_size()) for i, offset in offsets.items()],
+            (*numbers, *(options[name] for name in names)),
+            # The simulator takes tensors, whose bounds it checks; a GPU takes addresses.
+            offsets if getattr(driver.active, "takes_tensors", False) else None,
+        )
+
+
+def _views(tensors, offsets):
+    """The tensors, each from its offset on."""
+    return [t[..., offsets[i] :] if i in offsets else t for i, t in enumerate(tensors)]
