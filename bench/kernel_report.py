@@ -16,6 +16,7 @@ if not __package__:  # run by its path: the checkout is found from there
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib.chips import CHIPS, SOURCES, bounds, resident_blocks
+from bench.lib.cli import UsageError, output_directory
 from bench.lib.files import write_file
 from bench.lib.kernel_cases import CASES
 from bench.lib.record import environment_of
@@ -164,6 +165,13 @@ def main(argv=None):
         earlier = json.loads(args.against.read_text())["rows"] if args.against else None
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"--against {args.against}: {error}; a file that --json wrote is required")
+    try:
+        if args.json is not None:
+            output_directory(args.json.parent, option="--json: the directory")
+            if args.json.is_dir():
+                raise UsageError(f"--json {args.json}: it is a directory; a file is required")
+    except UsageError as error:
+        parser.error(str(error))
     rows = report(args.arch, args.kernel)
     if not rows:
         parser.error(f"--kernel {args.kernel}: no such kernel; cases are {', '.join(CASES)}")

@@ -116,7 +116,7 @@ def positive(text):
 positive.__name__ = "positive whole number"  # argparse's message names the type
 
 
-def output_directory(path):
+def output_directory(path, option="--out"):
     """Makes the directory `path` and proves that it can be written; returns it. UsageError if not."""
     path = Path(path)
     try:
@@ -124,5 +124,5 @@ def output_directory(path):
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(f"--out {path}: {error.strerror}; a directory that can be written is required") from None
+        raise UsageError(f"{option} {path}: {error.strerror}; a directory that can be written is required") from None
     return path

@@ -162,7 +162,7 @@ class Running:
 
     def environment(self):
         added = {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",  # nothing is fetched; without a network an attempt would wait for minutes
             "BENCH_TEST_RESULTS": str(self.out / "tests.jsonl"),

@@ -110,9 +110,13 @@ def test_against_an_earlier_report(cases, tmp_path, capsys):
     assert "copy, copy 4096: global_bytes 65,536 -> 32,768 (-50.0%)" in capsys.readouterr().out
 
 
-def test_errors(cases, tmp_path, capsys):
+def test_errors_are_found_before_any_work(cases, tmp_path, capsys, monkeypatch):
+    work = kernel_report.report
+    monkeypatch.setattr(kernel_report, "report", lambda arch, name: work(arch, name) if name else pytest.fail("worked"))
     for arguments, message in (
         (["--kernel", "nonesuch"], "no such kernel; cases are copy 4096, attention T128"),
+        (["--json", "/proc/report.json"], "--json: the directory /proc: "),
+        (["--json", str(tmp_path)], "it is a directory; a file is required"),
         (["--against", str(tmp_path / "missing.json")], "a file that --json wrote is required"),
     ):
         with pytest.raises(SystemExit, match="2"):
