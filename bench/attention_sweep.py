@@ -263,7 +263,7 @@ def rows_in_lane(lane, cases, modes):
 
 def ahead(argv):
     """What bench/compile_ahead.py is to make once, (label, call): each pass that something is compiled for."""
-    args = parser().parse_args(argv)
+    args = parser().understand(argv)
     for case in args.cases:
         options = case.options(args.device) | {"dropout_p": case.dropout_p}
         for mode in modes_of(case.scenario, args.mode):

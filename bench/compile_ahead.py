@@ -45,6 +45,7 @@ _units = []  # of this process
 
 def _begin(commands):
     torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers are as many as the cores already
     if os.environ.get("BENCH_STAND_IN"):
         from bench.lib import standin
 
@@ -59,6 +60,7 @@ def _make(index):
     def call():
         _units[index][1]()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the workers share the GPU's memory
 
     _, status = attempt(call)
     return index, time.perf_counter() - start, status

@@ -156,7 +156,7 @@ def _percent(first, second, field):
 
 def ahead(argv):
     """What bench/compile_ahead.py is to make once, (label, call): each pass of ours, of one layer of the size."""
-    args = parser().parse_args(argv)
+    args = parser().understand(argv)
     for mode, B, T in [case[:3] for case in cases(args)]:
         for name in args.pair:
             if name not in THEIRS:

@@ -270,7 +270,7 @@ def rows_in_lane(lane, cases, modes):
 
 def ahead(argv):
     """What bench/compile_ahead.py is to make once, (label, call): each pass that something is compiled for."""
-    args = parser().parse_args(argv)
+    args = parser().understand(argv)
     for case in cases(args, args.rows):
         for mode in args.mode:
             for name in args.providers:

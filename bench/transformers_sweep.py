@@ -116,7 +116,7 @@ def row(args, case, backend, B, T):
 
 def ahead(argv):
     """What bench/compile_ahead.py is to make once, (label, call): each pass of ours, of one layer of the size."""
-    args = parser().parse_args(argv)
+    args = parser().understand(argv)
     for mode, B, T in [shape for shape, _ in (QUICK if args.quick else CASES)]:
         for name in [args.backend]:
             if name not in THEIRS:
@@ -151,14 +151,14 @@ def complete(args):
 def main(argv=None):
     args = parser().parse_args(argv)
     with Record(args, columns=COLUMNS) as record:
-        for case in record.missing(["import"], "imports"):
-            record.add_from(case, import_rows, args)
         ours = build(args.size, args.device, args.dtype)
         providers = [Provider(name, ours) for name in (args.backend, BASELINE)]
         judged = gate(providers, ours)
         for case in record.missing(QUICK if args.quick else CASES, "against transformers"):
             (mode, B, T), clock = case
             record.add_from(case, rows_of, args, providers, judged, mode, B, T, *clock, record.lost)
+        for case in record.missing(["import"], "imports"):  # last: they take longest and have nothing to do with a GPU
+            record.add_from(case, import_rows, args)
 
 
 if __name__ == "__main__":

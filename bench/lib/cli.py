@@ -45,14 +45,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def parse_args(self, argv=None, namespace=None):
-        argv = sys.argv[1:] if argv is None else list(argv)
-        args = super().parse_args(argv, namespace)
+    def understand(self, argv):
+        """The arguments, checked, without a look at the directory and at the machine."""
+        args = super().parse_args(argv)
         args.command = shlex.join(["python", self.prog, *argv])
         try:
             args.device = resolve_device(args.device)
             if self.check is not None:
                 self.check(args)
+        except UsageError as error:
+            self.error(str(error))
+        return args
+
+    def parse_args(self, argv=None):
+        args = self.understand(sys.argv[1:] if argv is None else list(argv))
+        try:
             args.out = output_directory(args.out)
             args.path = args.out / f"{self.name}{'_quick' if args.quick else ''}.json"
             args.environment = environment_of(args.device, args.command)

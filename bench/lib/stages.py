@@ -16,7 +16,7 @@ from bench.lib.record import DEVICE_LOST, INTERRUPTED, ROOT
 OK, NO_TIME = "ok", "not begun: no time was left"
 GRACE_S = 8.0  # between the wish to stop, at which a bench saves what it has, and the end
 LEAST_S = 5.0  # with less, a stage is not begun
-RESTARTS = 3  # of a bench that has lost the GPU
+RESTARTS = 5  # of a bench that has lost the GPU
 
 
 @dataclass(frozen=True)
