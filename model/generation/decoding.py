@@ -21,6 +21,7 @@ from model.generation.lookup import decode_with_lookup
 from model.generation.sampling import build_processors, build_warpers, draw, row_seeds, uniform_draws
 from model.generation.settings import Settings
 from model.generation.stopping import Stops
+from model.layers.observed import is_plain
 from model.outputs import GenerateOutput
 
 SYNC_EVERY = 16  # steps after which a GPU is asked whether all rows have ended
@@ -229,11 +230,12 @@ class Decoding:
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [R, T]
             lengths = torch.tensor(lengths, device=ids.device)
             mask = torch.arange(T, device=ids.device) < lengths[:, None]  # [R, T]
-        hidden = self.model.transformer(ids, attention_mask=mask, past_key_values=cache, return_dict=True)
-        x = hidden.last_hidden_state  # [R, T, C]
-        if not every_position:
-            x = x[:, -1] if mask is None else x[torch.arange(len(rows), device=x.device), lengths - 1]  # [R, C]
-        return self.model.lm_head(x)
+        at = (slice(None), -1) if mask is None else (torch.arange(len(rows), device=ids.device), lengths - 1)
+        at = slice(None) if every_position else at
+        model, inputs = self.model, {"attention_mask": mask, "past_key_values": cache, "return_dict": True}
+        if is_plain(model, type(model)):
+            return model.lm_head(model.transformer(ids, **inputs).last_hidden_state[at])
+        return model(ids, **inputs).logits[at]  # its hooks see all positions, as they do outside generate()
 
     def _stream(self, ids):
         if self.streamer is not None:

@@ -203,6 +203,22 @@ def test_generate_goes_through_the_hooks(place):
     assert out.shape != free.shape or not torch.equal(out, free)
 
 
+def test_generate_goes_through_the_model_itself_where_it_is_observed():
+    pair = models(attn="sdpa", theirs="sdpa", std=0.2)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    free = pair[0].generate(IDS, **options)
+
+    def prefer_even(module, args, output):
+        output.logits[..., ::2] += 3.0
+        return output
+
+    for model in pair:
+        model.register_forward_hook(prefer_even)
+    out = pair[0].generate(IDS, **options)
+    assert torch.equal(out, pair[1].generate(IDS, attention_mask=torch.ones_like(IDS), **options))
+    assert out.shape != free.shape or not torch.equal(out, free)
+
+
 def test_the_weights_of_observed_layers_are_returned():
     ours, theirs = models(attn="eager")
     at(ours, "h.1").register_forward_hook(lambda module, args, output: None)
