@@ -128,8 +128,8 @@ def wgmma(inst, kernel):
 
 
 def _fence_before(inst, kernel):
-    """Whether on every path a wgmma.fence stands between `inst` and the last other wgmma, if ordinary instructions touch
-    its accumulator in between.
+    """Whether on every path a wgmma.fence stands between `inst` and the last other wgmma, if ordinary instructions
+    touch its accumulator in between.
 
     The manual asks for the fence after those instructions, and after those that produce A in registers. LLVM moves the
     constants, copies and arithmetic that make an accumulator or A past Triton's fence, and ptxas, which sees the
