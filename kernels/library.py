@@ -15,6 +15,18 @@ LN2 = math.log(2.0)
 # Triton decides when a kernel is decorated whether it is compiled or interpreted, so one process does one of the two.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    # It takes int() of arrays of shape [1], which numpy refuses from 2.4 on. Triton 3.7 squeezes them, as this does.
+    from triton.runtime import interpreter
+
+    _patch_of_3_6 = interpreter._patch_lang_tensor
+
+    def _patch_as_of_3_7(tensor, scope):
+        _patch_of_3_6(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _patch_as_of_3_7
+
 _LIBRARY = torch.library.Library("gpt2", "DEF")
 
 

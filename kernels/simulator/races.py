@@ -249,7 +249,7 @@ class RaceDetector:
         writer = (last >> _WARP_SHIFT) & ((1 << _WARP_BITS) - 1)
         unseen &= clock >= self.fence_clock[block[:, None], writer]
         if not self._copies_need_fence:
-            unseen &= ~self._is_copy[last & _INSTRUCTION]
+            unseen &= ~self._is_copy[np.where(unseen, last & _INSTRUCTION, 0)]
         if unseen.any():
             at, column = (int(i[0]) for i in np.nonzero(unseen))
             place = self._place(int(last[at, column]))

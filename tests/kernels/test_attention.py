@@ -5,6 +5,7 @@ import lanes
 import numerics
 import pytest
 import torch
+import triton
 from attention_cases import bounds, check_against_oracle, inputs, with_gradients
 from lanes import across_lanes
 from torch.library import opcheck
@@ -444,9 +445,10 @@ def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
         "_attention_dq_kernel",
         "_attention_dkdv_kernel",
     }
+    known_bytes = 224 if triton.__version__.startswith("3.6.") else 208
     for kernel in kernels:
         known = kernel.name == "_attention_dq_kernel" and dtype == F32 and head_dim == 256 and arch != "gfx942"
-        assert kernel.spilled <= (208 if known else 0), kernel
+        assert kernel.spilled <= (known_bytes if known else 0), kernel
         assert kernel.shared <= compiling.SHARED_MEMORY[arch], kernel
 
 

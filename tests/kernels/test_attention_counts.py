@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from attention_cases import bounds, inputs
 
 from bench.lib.sass import inspect
@@ -13,6 +14,7 @@ B, H, T, D = 1, 2, 1024, 64
 SHAPE = (B, H, T, T, D)
 TENSOR = B * H * T * D * 2  # bytes of q, k, v, o in bf16
 ROW = B * H * T * 4  # bytes of lse or delta
+TRITON_3_6 = triton.__version__.startswith("3.6.")
 KERNELS = {
     "forward": "_attention_forward_kernel",
     "dq": "_attention_dq_kernel",
@@ -36,9 +38,10 @@ def launches():
 
 
 # SASS instructions of the unmasked loop per score of a thread (BLOCK_M * BLOCK_N / threads of them), as compiled by
-# Triton 3.7.1. The forward kernel's least: FMNMX, FFMA, MUFU and FADD once each, F2FP and FMUL one half, 5.0 in all.
+# Triton 3.7.1; 3.6 copies lse and delta in smaller pieces.
+# The forward kernel's least: FMNMX, FFMA, MUFU and FADD once each, F2FP and FMUL one half, 5.0 in all.
 @pytest.mark.simulate
-@pytest.mark.parametrize(("direction", "limit"), [("forward", 7.0), ("dq", 7.0), ("dkdv", 8.7)])
+@pytest.mark.parametrize(("direction", "limit"), [("forward", 7.0), ("dq", 7.0), ("dkdv", 9.7 if TRITON_3_6 else 8.7)])
 def test_the_unmasked_loop_is_short_and_holds_no_mask(launches, direction, limit):
     launch, config = launches[direction]
     code = inspect(launch.cubin, launch.kernel)

@@ -24,12 +24,13 @@ class Recording:
     grid: tuple
     tensors: dict
     arguments: list
+    copies_need_fence: bool
 
     def run(self, text=None, *, seed=None, shift=None):
         """The tensors after the kernel ran. shift: {tensor's name: bytes to add to its address}."""
         tensors, shift = copy.deepcopy(self.tensors), shift or {}
         memory = GlobalMemory(tensors)
-        program = Program(parse(text or self.text), self.shared)
+        program = Program(parse(text or self.text), self.shared, self.copies_need_fence)
         values = [memory.address(tensors[a]) + shift.get(a, 0) if isinstance(a, str) else a for a in self.arguments]
         values += [0] * (len(program.kernel.parameters) - len(values))
         Launch(program, self.grid, values, memory, None if seed is None else np.random.default_rng(seed)).run()
@@ -62,6 +63,7 @@ def recording(monkeypatch):
                 grid,
                 copy.deepcopy({name: tensor.detach() for name, tensor in tensors.items()}),
                 [names[id(a)] if isinstance(a, torch.Tensor) else a for a in arguments],
+                loaded.copies_need_fence,
             )
         )
         launch(self, loaded, grid, tensors, arguments)

@@ -220,7 +220,8 @@ def test_a_process_forked_while_a_thread_encodes_can_encode(long):
     text = " ".join(random_words(100))
     expected = long.encode_ordinary(text)
     words = long._memo._words
-    with words._lock, warnings.catch_warnings(action="ignore"):  # of forking beside torch's threads
+    with words._lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking beside torch's threads
         child = os.fork()
         if child == 0:
             is_right = False
