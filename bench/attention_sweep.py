@@ -2,7 +2,7 @@
 
     python bench/attention_sweep.py            # over sequence lengths: what this machine can do
     python bench/attention_sweep.py --quick
-    python bench/attention_sweep.py --scenario padding dropout decode head-dims
+    python bench/attention_sweep.py --scenario packed padding dropout decode head-dims
 
 bench/lib/attention_cases.py says what each scenario measures and how FLOPs are counted. Inputs are as in GPT-2: q, k, v
 [B, H, T, D] are views of one fused projection [B, T, 3HD], random normal; decode reads k and v from a cache. `forward`
@@ -39,10 +39,10 @@ from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
 from bench.lib.gate import FORWARD_FACTOR, GRADIENT_FACTOR, OK, judge
 from bench.lib.lanes import DTYPES, rows_by_lane
 from bench.lib.record import Record
-from kernels import flash_attention, reference
+from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention.dropout import attention_keep_mask
 from kernels.simulator import simulate
-from model.attention import attention, attention_backends, get_attention
+from model.attention import attention, attention_backends, get_attention, split_heads
 from model.attention.outside import add_import_option
 
 MODES = ("forward", "backward")
@@ -90,14 +90,37 @@ def run(name, q, k, v, options):
         return attention(q, k, v, backend="sdpa", **options)[0]
 
 
-def make_call(mode, name, inputs, options):
-    """The call to check and to time: () -> (o,), or () -> (dq, dk, dv) of a forward pass that is done here."""
+def run_packed(name, qkv, num_heads, options):
+    """y [B, T, C] of the fused projection qkv [B, T, 3C], with every copy that the backend needs on the way."""
+    if name == "triton":
+        return flash_attention_packed(qkv, num_heads, **options)
+    return run(name, *split_heads(qkv, num_heads), options).transpose(1, 2).flatten(2)
+
+
+def make_call(mode, name, inputs, options, packed=False):
+    """The call to check and to time: () -> (o,), or () -> (dq, dk, dv) of a forward pass that is done here.
+
+    packed: from qkv [B, T, 3C] to [B, T, C], and back from its gradient to that of qkv; what it returns are views.
+    """
     q, k, v, do = inputs
+    if packed:
+        return _packed_call(mode, name, inputs, options)
     if mode == "forward":
         return lambda: (run(name, q, k, v, options),)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o = run(name, *leaves, options)
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+
+def _packed_call(mode, name, inputs, options):
+    H = inputs[0].shape[1]
+    q, k, v, dy = (x.transpose(1, 2).flatten(2) for x in inputs)
+    qkv = torch.cat((q, k, v), -1)
+    if mode == "forward":
+        return lambda: (run_packed(name, qkv, H, options).unflatten(2, (H, -1)).transpose(1, 2),)
+    leaf = qkv.requires_grad_()
+    y = run_packed(name, leaf, H, options)
+    return lambda: split_heads(torch.autograd.grad(y, leaf, dy, retain_graph=True)[0], H)
 
 
 def refusal(name, device, dtype, head_dim, **needs):
@@ -150,6 +173,7 @@ class Gate:
 
     def __init__(self, case, inputs, *, drops=False):
         device = inputs[0].device
+        self.packed = case.scenario == "packed"
         self.checked = "as timed" if drops or not case.dropout_p else "without dropout"
         self.options = asked = case.options(device)
         if drops:
@@ -171,7 +195,7 @@ def gates(case, inputs, names):
 def check(mode, name, inputs, gate):
     """(error, status) of one backend on `inputs`."""
     actual, status = attempt(
-        lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options)()], provider=name
+        lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options, gate.packed)()], provider=name
     )
     if name in SDPA_KERNELS and any(words in status for words in SDPA_REFUSALS):
         status = "not supported: SDPA has no such kernel for this request"
@@ -199,7 +223,7 @@ def timed_rows(case, names, modes, device, quick, lost=lambda name: None):
     inputs = case.inputs(device)
     gate_of = gates(case, inputs, names)
     options = case.options(device) | {"dropout_p": case.dropout_p}
-    rows = []
+    packed, rows = case.scenario == "packed", []
     for mode in modes:
         passed = {}
         for name in names:
@@ -216,11 +240,11 @@ def timed_rows(case, names, modes, device, quick, lost=lambda name: None):
             entry["error"], entry["status"] = check(mode, name, inputs, gate_of[name])
             if entry["status"] == OK:
                 entry["peak_memory_mb"], entry["status"] = attempt(
-                    peak_memory_mb, partial(_both, mode, name, inputs, options), device, provider=name
+                    peak_memory_mb, partial(_both, mode, name, inputs, options, packed), device, provider=name
                 )
             if entry["status"] == OK:
                 passed[name] = entry
-        makes = {name: partial(make_call, mode, name, inputs, options) for name in passed}
+        makes = {name: partial(make_call, mode, name, inputs, options, packed) for name in passed}
         for name, timing in measure(makes, device, quick=quick).items():
             passed[name].update(timing)
             if timing["median_ms"] is not None:
@@ -230,9 +254,9 @@ def timed_rows(case, names, modes, device, quick, lost=lambda name: None):
     return rows
 
 
-def _both(mode, name, inputs, options):
+def _both(mode, name, inputs, options, packed=False):
     """A pass with all that it needs: for backward, its forward too."""
-    make_call(mode, name, inputs, options)()
+    make_call(mode, name, inputs, options, packed)()
 
 
 def lane_rows(cases, modes):
@@ -276,7 +300,7 @@ def ahead(argv):
 
 
 def _from_nothing(mode, name, case, device, options):
-    _both(mode, name, case.inputs(device), options)
+    _both(mode, name, case.inputs(device), options, case.scenario == "packed")
 
 
 # The command

@@ -56,6 +56,15 @@ class Chart:
 _ATTENTION = ("mode", "dtype", "H", "D", "causal")
 CHARTS = (
     Chart(
+        file="attention_packed.png",
+        title="Attention as the model calls it, [B, T, 3C] to [B, T, C]: speed-up over {baseline}",
+        y="median_ms",
+        y_label="time of {baseline} / time",
+        facets=_ATTENTION,
+        relative_to=("sdpa", "eager"),
+        scenario="packed",
+    ),
+    Chart(
         file="attention_speedup.png",
         title="Attention: speed-up over {baseline}",
         y="median_ms",

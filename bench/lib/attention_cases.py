@@ -1,5 +1,7 @@
-"""The shapes of the attention sweep: five scenarios, the inputs of a shape, and what it counts as work.
+"""The shapes of the attention sweep: six scenarios, the inputs of a shape, and what it counts as work.
 
+packed      attention as the model calls it, over T: the projection [B, T, 3C] to [B, T, C], and the gradient of the one
+            to that of the other, with all copies that a backend needs between (SDPA's heads merged, dq, dk, dv joined)
 lengths     self-attention over sequence lengths T, every token valid
 padding     rows of unequal length in one batch, padded left or right, over the share of keys that is valid
 dropout     training with and without dropout on the probabilities, over T
@@ -26,6 +28,12 @@ SIZES = {
         ("cuda", True): ((128, 1024, 4096), 4096),
         ("cpu", False): ((128, 256, 512, 1024), 1024),
         ("cpu", True): ((64, 128, 256), 256),
+    },
+    "packed": {
+        ("cuda", False): ((128, 256, 512, 1024, 2048, 4096, 8192), 16384),
+        ("cuda", True): ((128, 1024), 4096),
+        ("cpu", False): ((128, 256, 512, 1024), 1024),
+        ("cpu", True): ((64,), 128),
     },
     "padding": {
         ("cuda", False): ((2048,), 32768),

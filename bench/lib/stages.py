@@ -66,6 +66,7 @@ STAGES = (
     Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 20),
     Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 150),
     _attention("lengths", "attention over sequence lengths", 75, "--backends", "eager", *SDPA, "triton"),
+    _attention("packed", "attention as the model calls it", 60, "--scenario", "packed", "--backends", *SDPA, "triton"),
     Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 60),
     Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
     Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 45),

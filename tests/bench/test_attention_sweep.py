@@ -275,10 +275,11 @@ def test_a_run_of_every_scenario(capsys, tmp_path, monkeypatch):
     for row in rows:
         nothing = None if row["scenario"] != "decode" else 2 * 2 * 24 * 16 * 4 / 2.0 / 1e6
         assert row["gb_per_s"] == nothing
-    charts = {"speedup", "throughput", "padding", "dropout", "decode", "head_dims"}
+    charts = {"packed", "speedup", "throughput", "padding", "dropout", "decode", "head_dims"}
     assert {path.name for path in tmp_path.glob("*.png")} == {f"attention_{name}_quick.png" for name in charts}
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend")]
     assert [("gb_per_s" in line, "valid" in line, "checked" in line) for line in tables] == [
+        (False, False, False),
         (False, False, False),
         (False, True, False),
         (False, False, True),
@@ -333,9 +334,23 @@ def test_a_cache_is_read_where_it_lies():
     assert cache_bytes(case) == k.nbytes + v.nbytes
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa-math"])
+def test_packed_is_one_tensor_to_one_tensor(name):
+    """The projection to [B, T, C], and one gradient [B, T, 3C]: what is returned are views of it."""
+    case = replace(CASE, scenario="packed")
+    inputs = case.inputs("cpu")
+    for mode in sweep.MODES:
+        plain, packed = (sweep.make_call(mode, name, inputs, case.options("cpu"), packed)() for packed in (False, True))
+        for ours, theirs in zip(packed, plain):
+            torch.testing.assert_close(ours, theirs)
+        assert len({x.untyped_storage().data_ptr() for x in packed}) == 1
+        assert packed[0].untyped_storage().nbytes() == (1 if mode == "forward" else 3) * inputs[0].nbytes
+
+
 def test_the_kernel_is_checked_in_every_scenario():
     """With dropout against the definition that drops the same weights; padded, from a cache, at an odd head dim."""
     shapes = [
+        replace(CASE, T=17, T_k=17, scenario="packed"),
         replace(CASE, T=17, T_k=17, dropout_p=0.1, scenario="dropout"),
         replace(CASE, T=17, T_k=17, padding="left", valid=0.5, scenario="padding"),
         replace(CASE, T=4, T_k=40, scenario="decode"),
@@ -343,6 +358,8 @@ def test_the_kernel_is_checked_in_every_scenario():
     ]
     rows = sweep.lane_rows(shapes, sweep.MODES)
     assert [(row["scenario"], row["mode"]) for row in rows] == [
+        ("packed", "forward"),
+        ("packed", "backward"),
         ("dropout", "forward"),
         ("dropout", "backward"),
         ("padding", "forward"),
