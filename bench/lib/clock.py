@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch._functorch.config
 
 from bench.lib.gate import OK
+
+# A backward pass is timed again and again, so what torch.compile makes of one must not give its buffers away.
+torch._functorch.config.donated_buffer = False
 
 OUT_OF_MEMORY = "out of memory"
 # What measure gives of each provider besides its status.

@@ -34,17 +34,17 @@ def flex(q, k, v, *, scale, causal, kv_start, kv_end, q_start, upcast):
     mask = None
     if causal or any(bound is not None for bound in bounds):
         mask = _block_mask(q.shape[-2], k.shape[-2], causal, q.device, *bounds)
-    if torch.compiler.is_compiling():
-        o = flex_attention(q, k, v, block_mask=mask, scale=scale)
-    else:
-        with torch._dynamo.config.patch(recompile_limit=FLEX_COMPILATIONS):
-            o = _compiled_flex()(q, k, v, block_mask=mask, scale=scale)
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    o = attend(q, k, v, block_mask=mask, scale=scale)
     return o.transpose(1, 2).contiguous().transpose(1, 2), None  # memory order [B, T, H, D]
 
 
 @lru_cache(maxsize=1)
 def _compiled_flex():
-    return torch.compile(flex_attention, fullgraph=True)  # without fullgraph a failure to compile would go unnoticed
+    # Set once, for the process: a patch around each call takes longer than a short kernel.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_COMPILATIONS)
+    # Code for each length, as the others have it. Without fullgraph a failure to compile would go unnoticed.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def _block_mask(T_q, T_k, causal, device, *bounds):

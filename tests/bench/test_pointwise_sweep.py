@@ -101,3 +101,23 @@ def test_a_request_that_cannot_be_served_is_one_line_and_exit_code_2(arguments, 
         sweep.main(["--device", "cpu", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_each_case_is_compiled_however_many_there_are(monkeypatch):
+    """Regression: after eight compilations dynamo took the function as it was, and eager was timed as compiled."""
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: real(f, backend=lambda g, _: compiled.append(g) or g, **options)
+    )
+    monkeypatch.setattr(sweep, "refusal", lambda *_: None)
+    monkeypatch.setattr(sweep, "measure", lambda makes, *_, **__: {name: dict.fromkeys(sweep.TIMES) for name in makes})
+    for N in range(16, 28):
+        case = sweep.Case("bias_gelu", "float32", M=4, N=N)
+        for entry in sweep.timed_rows(case, ["compiled"], ["forward"], torch.device("cpu"), 1.0, True):
+            assert entry["status"] == "ok"
+    assert len(compiled) == 12
+    torch._dynamo.reset()
+    function = sweep.provider("compiled", "bias_gelu")
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        [function(torch.randn(4, N), torch.randn(N)) for N in range(16, 28)]
+    torch._dynamo.reset()
