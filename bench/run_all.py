@@ -146,7 +146,7 @@ def visit(args, work, environment, outcomes, began):
         stand_in=args.rehearse,
         share=args.minutes / 9,
         commit=args.commit,
-        workers=max(1, min(16, len(os.sched_getaffinity(0)))),
+        workers=1 if args.rehearse else max(1, min(16, len(os.sched_getaffinity(0)))),
         names=tuple(stage.name for stage in todo),
     )
     packed, drawing = [time.monotonic()], []

@@ -16,6 +16,7 @@ from bench.lib.record import DEVICE_LOST, INTERRUPTED, ROOT
 OK, NO_TIME = "ok", "not begun: no time was left"
 GRACE_S = 8.0  # between the wish to stop, at which a bench saves what it has, and the end
 LEAST_S = 5.0  # with less, a stage is not begun
+FLOOR_S = 15.0  # no stage's limit is lower, however short the visit
 RESTARTS = 5  # of a bench that has lost the GPU
 
 
@@ -177,7 +178,7 @@ class Running:
     def run(self, meanwhile=lambda: None):
         """Begins, waits for the end or the limit; the Outcome. meanwhile(): called a few times a second."""
         started = time.monotonic()
-        limit = min(self.stage.limit_s * self.visit.share, self.visit.left())
+        limit = min(max(self.stage.limit_s * self.visit.share, FLOOR_S), self.visit.left())
         outcome = self.outcome = Outcome(self.stage.name, self.stage.what, self.command)
         if limit < LEAST_S:
             self.kill()

@@ -138,9 +138,9 @@ def _shrink():
     for scenario, sizes in attention_cases.SIZES.items():
         lengths = {"decode": (48,), "lengths": (16, 33)}.get(scenario, (33,))
         sizes |= {("cuda", quick): (lengths, max(lengths)) for quick in (False, True)}
-    attention_cases.HEAD_DIMS = (16, 40)
+    attention_cases.HEAD_DIMS = (16,)
     attention_cases.DECODED = (1, 4)
-    attention_cases.VALID_SHARES = (1.0, 0.5)
+    attention_cases.VALID_SHARES = (0.5,)
     pointwise_sweep.SIZES |= {("cuda", quick): (8, 4) for quick in (False, True)}
     pointwise_sweep.WIDTHS = (96,)
     pointwise_sweep.VOCABULARY = 97
@@ -148,10 +148,10 @@ def _shrink():
     ceilings.COPY_BYTES = {"cuda": 2**12, "cpu": 2**12}
     ceilings.MATMUL_N = {"cuda": 16, "cpu": 16}
     ceilings.SEQUENCE = 3
-    tiny = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97, "n_positions": 1024}
+    tiny = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 97, "n_positions": 1024}
     PRESETS |= dict.fromkeys(PRESETS, tiny)
-    tune.TOKENS, tune.ODD_T, tune.WIDTH = 34, 5, 64
-    tune.TILES, tune.WARPS, tune.STAGES = {2: (32, 64), 4: (16, 32)}, (4,), (2,)
+    tune.TOKENS, tune.ODD_T, tune.WIDTH = 17, 5, 64
+    tune.TILES, tune.WARPS, tune.STAGES = {2: (32, 64)}, (4,), (2,)
     model_sweep.QUICK["cuda"] = {"training": ((1,), (16,)), "decoding": ((1,), (16,)), "inference": ((1, 2), (16,))}
     transformers_sweep.QUICK = tuple(case for case in transformers_sweep.QUICK if case[0][1] == 1)
     transformers_sweep.IMPORTS = {"ours": "import json", transformers_sweep.BASELINE: "import json"}

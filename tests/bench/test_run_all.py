@@ -35,6 +35,7 @@ def outcomes_of(tmp_path, monkeypatch):
     """Runs stages with little patience: {name: Outcome}."""
     monkeypatch.setattr(stages, "GRACE_S", 0.5)
     monkeypatch.setattr(stages, "LEAST_S", 0.1)
+    monkeypatch.setattr(stages, "FLOOR_S", 0.0)
 
     def outcomes_of(*todo, seconds=60.0):
         outcomes = {}
