@@ -189,6 +189,7 @@ class Running:
                 code = self.wait(started + limit, meanwhile)
                 if code != DEVICE_LOST or restarts == RESTARTS:
                     break
+                self.kill()
                 self.start(resume=True)
             outcome.status = self.status(code, limit, restarts)
         except KeyboardInterrupt:
@@ -235,7 +236,8 @@ class Running:
     def kill(self):
         self.signal(signal.SIGKILL)
         self.process.wait()
-        self.process.stdin.close() if not self.process.stdin.closed else None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.log.close()
 
     def signal(self, number):
