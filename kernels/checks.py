@@ -3,6 +3,7 @@
 import torch
 from triton.runtime import driver
 
+from kernels.dropout import STEPS
 from kernels.library import INTERPRETED
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,6 +30,8 @@ def once(check):
             return check(tensors, *values)
         key = [*map(type, values), values]  # 1, 1.0 and True are equal, and not the same
         for tensor in tensors:
+            if tensor is not None and not isinstance(tensor, torch.Tensor):
+                return check(tensors, *values)  # which says so
             key.append(None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
         key = tuple(key)
         try:
@@ -85,12 +88,29 @@ def check_dtype(function, tensor, name, allowed=FLOATS):
         )
 
 
+def check_tensor(function, tensor, name):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{function}: {name} is {tensor!r}, of {type(tensor).__name__}; it must be a tensor")
+
+
+def autocast_hint(tensor):
+    """What a message about dtypes adds under autocast: it casts the inputs of torch's own functions, not of ours."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return ""
+    dtype = _words([torch.get_autocast_dtype(kind)])
+    return f" (autocast to {dtype} is on; it casts no inputs of these kernels: cast them, or leave autocast)"
+
+
 def check_same(function, first, first_name, second, second_name):
     """Two tensors must share dtype and device."""
     for what in ("dtype", "device"):
         ours, theirs = getattr(first, what), getattr(second, what)
         if ours != theirs:
-            raise ValueError(f"{function}: {second_name} has {what} {theirs}, {first_name} has {ours}; they must match")
+            hint = autocast_hint(first) if what == "dtype" else ""
+            raise ValueError(
+                f"{function}: {second_name} has {what} {theirs}, {first_name} has {ours}; they must match{hint}"
+            )
 
 
 def check_last_stride(function, tensor, name):
@@ -101,14 +121,20 @@ def check_last_stride(function, tensor, name):
 
 
 def check_row_vector(function, tensor, name, B, device):
-    """A bound per batch row: int32 [B] on the same device, or None."""
+    """A bound per batch row: int32 [B], of any stride, on the same device, or None."""
     if tensor is None:
         return
+    check_tensor(function, tensor, name)
     if tensor.shape != (B,) or tensor.dtype != torch.int32 or tensor.device != device:
         raise ValueError(
             f"{function}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
             f"it must be torch.int32 ({B},) on {device}"
         )
+
+
+def dense(bound):
+    """A bound per row as kernels read it: B numbers side by side (a column of a table, or one that was expanded)."""
+    return None if bound is None else bound.contiguous()
 
 
 def refuse_transforms(function):
@@ -135,8 +161,13 @@ def check_dropout(function, tensor, dropout_p, seed):
         raise ValueError(f"{function}: dropout_p is {dropout_p}; it must be in [0, 1)")
     if dropout_p == 0.0:
         return None
+    if round(dropout_p * STEPS) == STEPS:
+        raise ValueError(
+            f"{function}: dropout_p is {dropout_p}, which as a multiple of 1 / {STEPS} is 1; it must be below that"
+        )
     if seed is None:
         return torch.randint(2**31, (1,), dtype=torch.int64, device=tensor.device)
+    check_tensor(function, seed, "dropout_seed")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != tensor.device:
         raise ValueError(
             f"{function}: dropout_seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; "

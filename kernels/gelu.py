@@ -45,7 +45,9 @@ def _gelu(u):
 @triton.jit
 def _gelu_gradient(u):
     """dy/du."""
-    u = tl.minimum(tl.maximum(u, -10.0), 10.0)  # the slope is 0 or 1 to 1e-35 beyond, and e below is finite within
+    # The slope is 0 or 1 to 1e-35 beyond 10, and e below is finite within; NaN stays NaN.
+    u = tl.maximum(u, -10.0, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.minimum(u, 10.0, propagate_nan=tl.PropagateNan.ALL)
     e = _exp_minus_two_w(u)
     s = 1.0 / (1.0 + e)
     return s + u * (e * s) * s * (_TWO_SQRT_2_OVER_PI + 3.0 * _TWO_SQRT_2_OVER_PI * _CUBIC * u * u)  # 1 - s = e s

@@ -422,15 +422,17 @@ def _check(tensors):
     N = x.shape[-1]
     if N > MAX_WIDTH:
         raise ValueError(f"{function}: x has width {N}; it must be at most {MAX_WIDTH}")
-    check_vector(function, x, "x", weight, "weight")
-    check_vector(function, x, "x", bias, "bias")
+    check_vector(function, x, "x", weight, "weight", may_be_fp32=True)
+    check_vector(function, x, "x", bias, "bias", may_be_fp32=True)
+    check_same(function, weight, "weight", bias, "bias")
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
     """LayerNorm over the last dimension by a Triton kernel, differentiable once. Ba, Kiros and Hinton, 2016.
 
     x: [..., N], rows evenly spaced in memory and of unit stride (they are read in place), N from 1 to 16384.
-    weight, bias: [N]. fp16, bf16 or fp32, all the same; statistics and arithmetic are fp32.
+    weight, bias: [N]. fp16, bf16 or fp32, all the same; or weight and bias fp32 beside rows of two bytes, as in mixed
+        precision; statistics and arithmetic are fp32.
     Returns y with x's shape and dtype, contiguous. Its bits depend on the row alone, not on the others.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """

@@ -8,10 +8,11 @@ Sums over rows (dweight, dbias) are taken by P programs, at most PARTIAL_ROWS, e
 fp32, and a second kernel adds those up: no atomics, and an order that depends on the shape alone.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_last_stride, check_same
+from kernels.checks import check_last_stride, check_same, check_tensor
 from kernels.launch import Launcher
 
 # How many programs share the rows where columns are summed: one for each SM of most large chips, and few enough that
@@ -116,9 +117,11 @@ def row_stride(tensor):
     return shape[-1]
 
 
-def check_vector(function, x, x_name, vector, name):
-    """`vector` must be a contiguous [N] for x [..., N], of x's dtype and device."""
-    check_same(function, x, x_name, vector, name)
+def check_vector(function, x, x_name, vector, name, *, may_be_fp32=False):
+    """`vector` must be a contiguous [N] for x [..., N], of x's dtype (or fp32, if it may) and device."""
+    check_tensor(function, vector, name)
+    if not may_be_fp32 or vector.dtype != torch.float32 or vector.device != x.device:
+        check_same(function, x, x_name, vector, name)
     if vector.shape != x.shape[-1:] or not vector.is_contiguous():
         raise ValueError(
             f"{function}: {name} has shape {tuple(vector.shape)} and strides {vector.stride()}; "

@@ -295,6 +295,9 @@ def _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, options):
         key = (q.shape, k.shape[2], *strides, q.dtype, seed is not None, *numbers)
         _launch_dq((q, k, v, o, do, dq, *tail), *key)
         _launch_dkdv((q, k, v, do, dk, dv, *tail), *key)
+    else:
+        dk.zero_()  # no query at all, but there may be keys
+        dv.zero_()
 
 
 def _launch_packed_backward(do, qkv, o, lse, num_heads, options):

@@ -48,6 +48,7 @@ def _attention_decode_kernel(
     H,
     T_q,
     T_k,
+    num_splits,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,8 +57,9 @@ def _attention_decode_kernel(
     IS_CAUSAL: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    # One dimension: along y and z a grid ends at 65535, which B * H may exceed.
+    split = tl.program_id(0) % num_splits
+    head = (tl.program_id(0) // num_splits).to(tl.int64)
     b = head // H
     h = head % H
     kv_start, num_keys, diagonal = _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k)
@@ -82,14 +84,14 @@ def _attention_decode_kernel(
     m_shift = tl.where(m_i == float("-inf"), 0.0, m_i)
     p = tl.math.exp2(s * scale_log2 - m_shift[:, None])  # [BLOCK_M, SPLIT]
     l_i = tl.sum(p, 1)
-    l_i = tl.where(l_i > 0, l_i, 1.0)
+    l_i = tl.where(l_i == 0, 1.0, l_i)
     if BLOCK_M == 1:
         acc = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]  # [1, BLOCK_D]
     else:
         acc = tl.dot(p.to(v.dtype), v, input_precision=DOT_PRECISION)  # [BLOCK_M, BLOCK_D]
 
     inside = offs_m < T_q
-    row = (head * tl.num_programs(0) + split) * T_q
+    row = (head * num_splits + split) * T_q
     _store_rows(partial_ptr + row * BLOCK_D, acc / l_i[:, None], offs_m, BLOCK_D, inside, BLOCK_D, BLOCK_D)
     tl.store(lse_ptr + row + offs_m, m_i + tl.log2(l_i), mask=inside)
 
@@ -115,8 +117,8 @@ def _attention_merge_kernel(
     SPLIT: tl.constexpr,
 ):
     """One query of one head: o = sum of its splits' outputs, weighted by exp2 of their log-sum-exp."""
-    i = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) % T_q
+    head = (tl.program_id(0) // T_q).to(tl.int64)
     b = head // H
     h = head % H
     _, num_keys, _ = _row_bounds(b, kv_start_ptr, kv_end_ptr, None, T_q, T_k)
@@ -138,7 +140,7 @@ def _attention_merge_kernel(
         l_i = l_i * alpha + tl.sum(weight, 0)
         acc = acc * alpha + tl.sum(weight[:, None] * partial, 0)
         m_i = m_new
-    l_i = tl.where(l_i > 0, l_i, 1.0)
+    l_i = tl.where(l_i == 0, 1.0, l_i)
     o = acc / l_i  # [BLOCK_D]
     o_ptr += b * stride_ob + h * stride_oh + i.to(tl.int64) * stride_ot
     tl.store(o_ptr + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
@@ -148,7 +150,8 @@ def _attention_merge_kernel(
 def _decode_plan(shape, T_k, q_strides, k_strides, v_strides, dtype, scale, causal):
     B, H, T_q, D = shape
     SPLIT = split_size(D, dtype.itemsize)
-    numbers = (*q_strides[:3], *k_strides[:3], *v_strides[:3], H, T_q, T_k, scale * LOG2E)
+    num_splits = triton.cdiv(T_k, SPLIT)
+    numbers = (*q_strides[:3], *k_strides[:3], *v_strides[:3], H, T_q, T_k, num_splits, scale * LOG2E)
     options = constants(
         dtype,
         D,
@@ -158,14 +161,14 @@ def _decode_plan(shape, T_k, q_strides, k_strides, v_strides, dtype, scale, caus
         DOT_PRECISION=dot_precision(dtype),
         num_warps=4,
     )
-    return (triton.cdiv(T_k, SPLIT), B * H), numbers, options, {}
+    return (num_splits * B * H,), numbers, options, {}
 
 
 def _merge_plan(shape, T_k, dtype):
     B, H, T_q, D = shape
     SPLIT = split_size(D, dtype.itemsize)
     numbers = (*contiguous_heads(T_q, H, D), H, T_q, T_k, triton.cdiv(T_k, SPLIT))
-    return (T_q, B * H), numbers, constants(dtype, D, BLOCK_S=MERGED_AT_ONCE, SPLIT=SPLIT, num_warps=1), {}
+    return (T_q * B * H,), numbers, constants(dtype, D, BLOCK_S=MERGED_AT_ONCE, SPLIT=SPLIT, num_warps=1), {}
 
 
 _launch_decode = Launcher(_attention_decode_kernel, _decode_plan)
@@ -176,7 +179,7 @@ def _launch_attention_decode(q, k, v, options):
     """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2. T_q <= 16."""
     shape = B, H, T_q, D = q.shape
     T_k = k.shape[2]
-    o = q.new_empty((B, T_q, H, D)).transpose(1, 2)
+    o = torch.empty_permuted((B, H, T_q, D), (0, 2, 1, 3), dtype=q.dtype, device=q.device)
     lse = q.new_empty((B, H, T_q), dtype=torch.float32)
     if o.numel():
         num_splits = triton.cdiv(T_k, split_size(D, q.dtype.itemsize))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.tiles import _row_bounds
-from kernels.checks import check_device
+from kernels.checks import check_device, dense
 from kernels.dropout import dropout_mask, dropout_numbers
 from kernels.launch import Launcher
 from kernels.library import define_op
@@ -26,10 +26,12 @@ def _attention_keep_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    head = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(T_q, BLOCK_M) * tl.cdiv(T_k, BLOCK_N)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     kv_start, _, _ = _row_bounds(head // H, kv_start_ptr, None, None, T_q, T_k)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N
+    offs_m = tile % tl.cdiv(T_q, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile // tl.cdiv(T_q, BLOCK_M) * BLOCK_N
     position = kv_start + n + tl.arange(0, BLOCK_N)
     keep = dropout_mask(tl.load(seed_ptr), head, offs_m, n, drop_below, BLOCK_M, BLOCK_N)
     ptrs = keep_ptr + (head * T_q + offs_m[:, None]) * T_k + position[None, :]
@@ -37,7 +39,7 @@ def _attention_keep_kernel(
 
 
 def _plan(B, H, T_q, T_k, dropout_p):
-    grid = (triton.cdiv(T_q, 16), triton.cdiv(T_k, 64), B * H)
+    grid = (triton.cdiv(T_q, 16) * triton.cdiv(T_k, 64) * B * H,)
     return grid, (H, T_q, T_k, dropout_numbers(dropout_p)[1]), {"BLOCK_M": 16, "BLOCK_N": 64}, {}
 
 
@@ -47,7 +49,7 @@ _launch = Launcher(_attention_keep_kernel, _plan)
 def _keep_mask(seed, B, H, T_q, T_k, dropout_p, kv_start):
     check_device("attention_keep_mask", seed, "seed")
     keep = torch.zeros(B, H, T_q, T_k, dtype=torch.bool, device=seed.device)
-    _launch((keep, seed, kv_start), B, H, T_q, T_k, dropout_p)
+    _launch((keep, seed, dense(kv_start)), B, H, T_q, T_k, dropout_p)
     return keep
 
 

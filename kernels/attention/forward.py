@@ -109,7 +109,7 @@ def _attention_forward_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=DOT_PRECISION)
 
     l_i = tl.sum(l_i, 1)  # [BLOCK_M]
-    l_i = tl.where(l_i > 0, l_i, 1.0)  # a query that saw no key: acc is 0 and m_i is -inf
+    l_i = tl.where(l_i == 0, 1.0, l_i)  # a query that saw no key: acc is 0 and m_i is -inf; NaN stays NaN
     o = acc / l_i[:, None]  # [BLOCK_M, BLOCK_D]
     if HAS_DROPOUT:
         o = o * keep_scale
@@ -153,7 +153,8 @@ _launch_packed = Launcher(_attention_forward_kernel, _packed_plan)
 def _launch_attention_forward(q, k, v, options):
     """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2."""
     shape = B, H, T_q, D = q.shape
-    o = q.new_empty((B, T_q, H, D)).transpose(1, 2)
+    # Not a transposed view: autograd lets no view that was made inside a custom function be modified in place.
+    o = torch.empty_permuted((B, H, T_q, D), (0, 2, 1, 3), dtype=q.dtype, device=q.device)
     lse = q.new_empty((B, H, T_q), dtype=torch.float32)
     if o.numel():
         kv_start, kv_end, q_start, seed, *numbers = options

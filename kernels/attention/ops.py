@@ -19,6 +19,7 @@ from kernels.checks import (
     check_last_stride,
     check_row_vector,
     check_same,
+    dense,
     once,
     refuse_second_derivative,
     refuse_transforms,
@@ -44,6 +45,11 @@ class Options(NamedTuple):
 _SCHEMA = "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p"
 
 
+def _options(kv_start, kv_end, q_start, *rest):
+    """Options for a launch: the bounds lie densely, as kernels read them."""
+    return Options(dense(kv_start), dense(kv_end), dense(q_start), *rest)
+
+
 def split_heads(qkv, num_heads):
     """The fused projection [B, T, 3C] as q, k, v [B, H, T, D]: views, no copy."""
     B, T, three_C = qkv.shape
@@ -53,7 +59,7 @@ def split_heads(qkv, num_heads):
 
 def _forward(q, k, v, *options):
     check_device("flash_attention", q, "q")
-    return _launch_attention_forward(q, k, v, Options(*options))
+    return _launch_attention_forward(q, k, v, _options(*options))
 
 
 def _forward_fake(q, k, v, *options):
@@ -63,12 +69,12 @@ def _forward_fake(q, k, v, *options):
 
 def _decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
     check_device("flash_attention", q, "q")
-    return _launch_attention_decode(q, k, v, Options(kv_start, kv_end, q_start, None, scale, causal, 0.0))
+    return _launch_attention_decode(q, k, v, _options(kv_start, kv_end, q_start, None, scale, causal, 0.0))
 
 
 def _backward(do, q, k, v, o, lse, *options):
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, Options(*options))
+    _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, _options(*options))
     return dq, dk, dv
 
 
@@ -78,7 +84,7 @@ def _backward_fake(do, q, k, v, o, lse, *options):
 
 def _packed_forward(qkv, num_heads, *options):
     check_device("flash_attention_packed", qkv, "qkv")
-    return _launch_packed_forward(qkv, num_heads, Options(*options))
+    return _launch_packed_forward(qkv, num_heads, _options(*options))
 
 
 def _packed_forward_fake(qkv, num_heads, *options):
@@ -87,7 +93,7 @@ def _packed_forward_fake(qkv, num_heads, *options):
 
 
 def _packed_backward(do, qkv, o, lse, num_heads, *options):
-    return _launch_packed_backward(do, qkv, o, lse, num_heads, Options(*options))
+    return _launch_packed_backward(do, qkv, o, lse, num_heads, _options(*options))
 
 
 def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
@@ -208,6 +214,8 @@ def _check_packed(tensors, num_heads, scale):
     """flash_attention_packed's checks; the scale to use."""
     function = "flash_attention_packed"
     qkv, *bounds = tensors
+    if num_heads < 1:
+        raise ValueError(f"{function}: num_heads is {num_heads}; it must be at least 1")
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
         raise ValueError(
             f"{function}: qkv has shape {tuple(qkv.shape)} for {num_heads} heads; "

@@ -35,10 +35,11 @@ def _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k):
     q_start = T_k - T_q
     if kv_start_ptr is not None:
         kv_start = tl.minimum(tl.maximum(tl.load(kv_start_ptr + b), 0), T_k)
+    # Bounds of any size are cut to where they differ, so that no sum of them leaves int32.
     if kv_end_ptr is not None:
-        kv_end = tl.minimum(tl.load(kv_end_ptr + b), T_k)
+        kv_end = tl.minimum(tl.maximum(tl.load(kv_end_ptr + b), 0), T_k)
     if q_start_ptr is not None:
-        q_start = tl.load(q_start_ptr + b)
+        q_start = tl.minimum(tl.maximum(tl.load(q_start_ptr + b), -T_q), T_k)
     return kv_start, kv_end - kv_start, q_start - kv_start
 
 

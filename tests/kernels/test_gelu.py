@@ -123,3 +123,10 @@ def test_every_kernel_compiles_fits_and_does_not_spill(arch, dtype):
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
         assert kernel.shared <= compiling.SHARED_MEMORY[arch], kernel
+
+
+@across_lanes(torch.float32, lanes=("interpret", "sm_80", "sm_90", "gpu"))
+def test_the_slope_at_nan_is_nan(lane, dtype):
+    x = torch.tensor([1.0, float("nan"), float("inf")], device=lane.device, requires_grad=True)
+    gelu(x).sum().backward()
+    assert x.grad.isnan().tolist() == [False, True, False]

@@ -295,3 +295,16 @@ def test_every_kernel_compiles_fits_and_does_not_spill(arch, dtype, N):
 def test_no_width_leaves_half_of_the_lanes_idle(direction, N):
     config = configs.row_config(direction, N)
     assert N <= config.BLOCK_N * config.COLUMN_TILES < 1.35 * N
+
+
+@across_lanes(torch.bfloat16, lanes=("sm_90", "gpu"))
+def test_fp32_parameters_beside_rows_of_two_bytes(lane, dtype):
+    """Mixed precision, as torch computes it."""
+    x, weight, bias = torch.randn(5, 40).to(lane.device, dtype), torch.randn(40), torch.randn(40)
+    inputs = (x, weight.to(lane.device), bias.to(lane.device))
+    check_against_oracle(layer_norm, reference.layer_norm, inputs, (torch.randn_like(x),))
+
+
+def test_a_norm_without_a_bias_is_refused():
+    with pytest.raises(TypeError, match=r"^layer_norm: bias is None, of NoneType; it must be a tensor"):
+        layer_norm(torch.zeros(2, 4), torch.ones(4), None)
