@@ -29,6 +29,7 @@ class Chart:
     relative_to: names of series; y becomes (y of the first of them that was measured) / y, a speed-up if y is a time.
     powers: the x axis is logarithmic to base 2, with a tick at each x.
     mode: draws only the rows of this mode; None for all.
+    what: draws only the rows of this `what`; None for all.
     scenario: draws only the rows of this scenario; a row that names none is of "lengths", as in older files.
     """
 
@@ -45,11 +46,13 @@ class Chart:
     powers: bool = True
     mode: str | None = None
     scenario: str | None = None
+    what: str | None = None
 
     def rows_of(self, rows):
         """The rows that this chart draws, or none if one of them lacks a field."""
         mine = [row for row in rows if self.mode is None or row.get("mode") == self.mode]
         mine = [row for row in mine if self.scenario is None or row.get("scenario", "lengths") == self.scenario]
+        mine = [row for row in mine if self.what is None or row.get("what") == self.what]
         return mine if all({self.x, self.y, self.series, *self.facets} <= row.keys() for row in mine) else []
 
 
@@ -131,6 +134,18 @@ CHARTS = (
         series="provider",
         facets=("op", "mode", "dtype"),
         powers=False,
+    ),
+    Chart(
+        file="host_overhead.png",
+        title="Host time of a model's step, nothing launched",
+        y="host_us",
+        y_label="us",
+        x="layers",
+        x_label="layers",
+        series="provider",
+        facets=("mode",),
+        powers=False,
+        what="model",
     ),
     Chart(
         file="tokenizer_throughput.png",
