@@ -24,7 +24,8 @@ import triton.language as tl
 
 from kernels.checks import FLOATS, check_device, check_dtype, refuse_second_derivative
 from kernels.configs import vocabulary_config
-from kernels.library import define_op, device_of
+from kernels.launch import Launcher
+from kernels.library import define_op
 from kernels.logits import _capped, _row_loss, _row_statistics, _target_weight, _write_gradient, _write_zeros
 from kernels.rows import as_rows
 
@@ -253,14 +254,41 @@ def _reduce_losses_kernel(losses_ptr, counts_ptr, loss_ptr, M, BLOCK: tl.constex
     tl.store(loss_ptr, loss)
 
 
-def _flags(options):
-    """The options as kernels take them: numbers in their order, and what is compiled in."""
-    flags = {
+def _constants(V, config, options):
+    """What is compiled in."""
+    return {
+        "V": V,
+        "UNROLL": config.UNROLL,
+        "LANES": config.LANES,
+        "VEC": config.VEC,
         "HAS_SOFTCAP": options.softcap != 0.0,
         "HAS_SMOOTHING": options.label_smoothing != 0.0,
         "HAS_Z_LOSS": options.lse_square_scale != 0.0,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
     }
-    return tuple(options), flags
+
+
+def _forward_plan(M, V, config, strides, options, gradient):
+    return (M,), (*strides, *options), {**_constants(V, config, options), "GRADIENT": gradient}, {}
+
+
+def _backward_plan(M, V, config, strides, options):
+    return (M,), (*strides, *options), _constants(V, config, options), {}
+
+
+def _counts_plan(M, V, stride_target, ignore_index):
+    return (1,), (stride_target, M, ignore_index, V), {"BLOCK": 4096, "num_warps": 16}, {}
+
+
+def _reduction_plan(M):
+    return (1,), (M,), {"BLOCK": 4096, "num_warps": 16}, {}
+
+
+_launch_forward_rows = Launcher(_cross_entropy_forward_kernel, _forward_plan)
+_launch_backward_rows = Launcher(_cross_entropy_backward_kernel, _backward_plan)
+_launch_count = Launcher(_count_targets_kernel, _counts_plan)
+_launch_reduce = Launcher(_reduce_losses_kernel, _reduction_plan)
 
 
 def _total_weight(class_weight):
@@ -276,18 +304,7 @@ def launch_counts(target, class_weight, V, ignore_index, reduction):
     """For "mean" fp32 [2], n and n / (summed weights), on the device; else empty."""
     counts = torch.empty(2 if reduction == "mean" else 0, dtype=torch.float32, device=target.device)
     if reduction == "mean":
-        with device_of(target):
-            _count_targets_kernel[(1,)](
-                target,
-                class_weight,
-                counts,
-                target.stride(0),
-                target.shape[0],
-                ignore_index,
-                V,
-                BLOCK=4096,
-                num_warps=16,
-            )
+        _launch_count((target, class_weight, counts), target.shape[0], V, target.stride(0), ignore_index)
     return counts
 
 
@@ -295,72 +312,30 @@ def launch_rows(logits, target, class_weight, counts, options, losses, *, dloss=
     """Writes losses [M] fp32 and, where given, the statistics m and l; with gradient the logits [M, V] are overwritten
     by their gradient, times dloss [M] fp32 where that is given."""
     M, V = logits.shape
-    config = vocabulary_config(V, logits)
-    numbers, flags = _flags(options)
     if M:
-        with device_of(logits):
-            _cross_entropy_forward_kernel[(M,)](
-                logits,
-                target,
-                class_weight,
-                _total_weight(class_weight),
-                _or_none(counts),
-                dloss,
-                losses,
-                *(statistics or (None, None)),
-                logits.stride(0),
-                target.stride(0),
-                0 if dloss is None else dloss.stride(0),
-                *numbers,
-                V=V,
-                UNROLL=config.UNROLL,
-                LANES=config.LANES,
-                VEC=config.VEC,
-                **flags,
-                GRADIENT=gradient,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-            )
+        m, l = statistics or (None, None)
+        sides = target, class_weight, _total_weight(class_weight), _or_none(counts), dloss
+        strides = logits.stride(0), target.stride(0), 0 if dloss is None else dloss.stride(0)
+        config = vocabulary_config(V, logits)
+        _launch_forward_rows((logits, *sides, losses, m, l), M, V, config, strides, options, gradient)
 
 
 def launch_reduction(losses, counts):
     """The losses' mean where there are counts, else their sum: fp32 []."""
     loss = torch.empty((), dtype=torch.float32, device=losses.device)
-    with device_of(losses):
-        _reduce_losses_kernel[(1,)](losses, _or_none(counts), loss, losses.shape[0], BLOCK=4096, num_warps=16)
+    _launch_reduce((losses, _or_none(counts), loss), losses.shape[0])
     return loss
 
 
 def _launch_backward(dloss, counts, logits, target, class_weight, m, l, options, dlogits):
     """Writes dlogits [M, V], which may be logits."""
     M, V = logits.shape
-    config = vocabulary_config(V, logits, dlogits)
-    numbers, flags = _flags(LossOptions(*options))
     if M:
-        with device_of(logits):
-            _cross_entropy_backward_kernel[(M,)](
-                dloss,
-                _or_none(counts),
-                logits,
-                target,
-                class_weight,
-                _total_weight(class_weight),
-                m,
-                l,
-                dlogits,
-                dloss.stride(0) if dloss.dim() else 0,
-                logits.stride(0),
-                target.stride(0),
-                dlogits.stride(0),
-                *numbers,
-                V=V,
-                UNROLL=config.UNROLL,
-                LANES=config.LANES,
-                VEC=config.VEC,
-                **flags,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-            )
+        sides = target, class_weight, _total_weight(class_weight)
+        strides = dloss.stride(0) if dloss.dim() else 0, logits.stride(0), target.stride(0), dlogits.stride(0)
+        tensors = (dloss, _or_none(counts), logits, *sides, m, l, dlogits)
+        config = vocabulary_config(V, logits, dlogits)
+        _launch_backward_rows(tensors, M, V, config, strides, LossOptions(*options))
 
 
 def _forward(logits, target, class_weight, reduction, *options):

@@ -107,11 +107,6 @@ def active_arch():
     return None if INTERPRETED else driver.active.get_current_target().arch
 
 
-def device_of(tensor):
-    """A context in which launches go to the tensor's GPU; it does nothing for tensors that are on none."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def dot_precision(dtype):
     """tl.dot's input_precision: fp32 operands are multiplied as fp32, never as TF32. Other dtypes ignore it."""
     return "ieee" if dtype == torch.float32 else "tf32"

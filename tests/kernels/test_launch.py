@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from kernels import add_layer_norm, bias_gelu, flash_attention, flash_attention_packed, gelu, launch
+from kernels import add_layer_norm, bias_gelu, cross_entropy, flash_attention, flash_attention_packed, gelu, launch
 from kernels.checks import once
 from kernels.library import define_op, is_plain, needs_graph
 from kernels.simulator import simulate
@@ -62,6 +62,13 @@ def norm(M=3, N=24, dtype=F16, eps=1e-5, residual_row=0, **options):
     return lambda: add_layer_norm(x, residual, weight, bias, eps, **options)
 
 
+def loss(M=3, V=40, dtype=F16, shift=0, weights=False, **options):
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(M * V + shift, generator=generator).to(dtype)[shift:].view(M, V)
+    class_weight = torch.rand(V, generator=generator).to(dtype) if weights else None
+    return lambda: cross_entropy(logits, torch.arange(M), class_weight=class_weight, **options)
+
+
 def bounds(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -88,6 +95,15 @@ PROPERTIES = {
     "gelu, width": rows(N=16),
     "gelu, dtype": rows(dtype=torch.float32),
     "gelu, alignment": rows(shift=1),
+    "loss": loss(),
+    "loss, sum": loss(reduction="sum"),
+    "loss, rows": loss(reduction="none"),
+    "loss, vocabulary": loss(V=41),
+    "loss, alignment": loss(shift=1),
+    "loss, weights": loss(weights=True),
+    "loss, ignored": loss(ignore_index=1),
+    "loss, smoothing": loss(label_smoothing=0.1),
+    "loss, smoother": loss(label_smoothing=0.2),
     "norm": norm(),
     "norm, eps": norm(eps=1.0),
     "norm, eps as an integer": norm(eps=1),
