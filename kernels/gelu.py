@@ -23,7 +23,16 @@ from kernels.configs import GELU_TILE
 from kernels.launch import Launcher
 from kernels.library import LOG2E, define_op, needs_graph
 from kernels.reference import SQRT_2_OVER_PI
-from kernels.rows import PARTIAL_ROWS, _store_partial, as_rows, check_vector, column_sums, even_rows, row_stride
+from kernels.rows import (
+    PARTIAL_ROWS,
+    _store_partial,
+    as_rows,
+    check_vector,
+    column_sums,
+    empty_rows,
+    even_rows,
+    row_stride,
+)
 
 _CUBIC = tl.constexpr(0.044715)
 _TWO_SQRT_2_OVER_PI = tl.constexpr(2 * SQRT_2_OVER_PI)
@@ -130,7 +139,7 @@ _launch_backward = Launcher(_gelu_backward_kernel, _backward_plan)
 
 def _launch_gelu_forward(x, bias):
     """y [..., N]."""
-    y = x.new_empty(x.shape)
+    y = empty_rows(x)
     if y.numel():
         N = x.shape[-1]
         _launch_forward((x, bias, y), y.numel() // N, N, row_stride(x))
@@ -141,7 +150,7 @@ def _launch_gelu_backward(dy, x, bias):
     """dx [..., N], and dbias [N] where there is a bias, else None."""
     N = x.shape[-1]
     M = x.numel() // N
-    dx = x.new_empty(x.shape)
+    dx = empty_rows(x)
     programs = triton.cdiv(M, GELU_TILE.BLOCK_M)
     partial = None
     if bias is not None:

@@ -39,6 +39,7 @@ from kernels.rows import (
     as_rows,
     check_vector,
     column_sums,
+    empty_rows,
     even_rows,
     row_stride,
 )
@@ -282,8 +283,8 @@ def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
     """y, and total or None without a residual, [..., N]; mean [2, M] (itself and the rest) and rstd [M], both fp32."""
     N = x.shape[-1]
     M = x.numel() // N
-    y = x.new_empty(x.shape)
-    total = None if residual is None else x.new_empty(x.shape)
+    y = empty_rows(x)
+    total = None if residual is None else empty_rows(x)
     mean, rstd = x.new_empty((2, M), dtype=torch.float32), x.new_empty((M,), dtype=torch.float32)
     if M:
         strides = row_stride(x), 0 if residual is None else row_stride(residual)
@@ -295,8 +296,8 @@ def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout
     """dresidual [..., N], dx [..., N] (None without a seed), and dweight and dbias as one [2, N]."""
     N = x.shape[-1]
     M = x.numel() // N
-    dresidual = x.new_empty(x.shape)
-    dx = None if seed is None else x.new_empty(x.shape)
+    dresidual = empty_rows(x)
+    dx = None if seed is None else empty_rows(x)
     partial = x.new_empty((2, _programs(M, N), N), dtype=torch.float32)
     if M:
         stride_dy, stride_x = row_stride(dy), row_stride(x)

@@ -303,7 +303,7 @@ def _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, options):
 def _launch_packed_backward(do, qkv, o, lse, num_heads, options):
     """dqkv [B, T, 3C], contiguous."""
     shape = qkv.shape
-    dqkv = qkv.new_empty(shape)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if shape[0] and shape[1]:
         kv_start, kv_end, q_start, seed, *numbers = options
         tail = (lse, torch.empty_like(lse), kv_start, kv_end, q_start, seed)  # the second is delta
