@@ -5,6 +5,8 @@ and no row pays for another's padding. The lengths live on the host, where gener
 needs of them is made once for all layers of a forward pass, and a decode step copies nothing there.
 """
 
+import copy
+
 import torch
 
 from model.attention import attention
@@ -74,6 +76,11 @@ class KVCache:
     @property
     def capacity(self):
         return self.data.shape[4]
+
+    @property
+    def tokens(self):
+        """How many tokens each row holds, padding before them not counted."""
+        return [length - start for length, start in zip(self.lengths, self.starts or [0] * self.batch_size)]
 
     @property
     def is_uniform(self):
@@ -153,6 +160,37 @@ class KVCache:
         """Empties the cache and keeps its memory."""
         self.lengths = [0] * self.batch_size
         self.starts = None
+
+    @classmethod
+    def from_layers(cls, config, layers):
+        """A cache that begins with other tensors' tokens: for each layer (keys, values), each [B, H, T, D], copied.
+
+        Of a transformers cache: KVCache.from_layers(config, [(layer.keys, layer.values) for layer in cache.layers]).
+        """
+        pairs = [tuple(layer) for layer in layers]
+        H, D = config.n_head, config.head_dim
+        shape = pairs[0][0].shape if pairs and len(pairs[0]) == 2 else ()
+        if (
+            len(pairs) != config.n_layer
+            or len(shape) != 4
+            or any(len(pair) != 2 or any(x.shape != (shape[0], H, shape[2], D) for x in pair) for pair in pairs)
+        ):
+            raise ValueError(
+                f"KVCache: {len(pairs)} layers came; {config.n_layer} pairs of keys and values are required, each "
+                f"[B, {H}, T, {D}] and all of one shape"
+            )
+        first = pairs[0][0]
+        cache = cls(config, shape[0], capacity=shape[2] + 1, device=first.device, dtype=first.dtype)
+        for held, pair in zip(cache.data, pairs):
+            held[..., : shape[2], :].copy_(torch.stack(pair))
+        cache.advance([shape[2]] * shape[0])
+        return cache
+
+    def select(self, rows):
+        """A cache with memory of its own in which row b is this one's rows[b]."""
+        copied = copy.copy(self)
+        copied.reorder(rows)
+        return copied
 
     def row(self, b):
         """A view of row b as a cache: shared memory until one of them grows, its own lengths."""

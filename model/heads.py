@@ -11,7 +11,7 @@ from torch import nn
 
 from model.checkpoints.pretrained import PretrainedModel
 from model.gpt2 import GPT2, GPT2Model
-from model.inputs import check_shape
+from model.inputs import check_range, check_shape
 from model.layers.initialisation import init_weights
 from model.layers.ops import activation, causal_lm_loss
 from model.outputs import DoubleHeadsOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
@@ -69,7 +69,7 @@ class SequenceSummary(nn.Module):
         if self.summary_type == "last" or index is None:
             return x[..., -1, :]
         check_shape("mc_token_ids", index, tuple(x.shape[:-2]))
-        _check_range("mc_token_ids", index, x.shape[-2])
+        check_range("mc_token_ids", index, x.shape[-2])
         index = index.long()[..., None, None].expand(*index.shape, 1, x.shape[-1])  # [..., 1, C]
         return x.gather(-2, index).squeeze(-2)
 
@@ -303,15 +303,8 @@ def _class_loss(name, logits, labels):
     logits = logits.flatten(0, -2).float()
     if len(labels) != len(logits):
         raise ValueError(f"GPT2: {len(labels)} {name} came; there must be one for each of {len(logits)}")
-    _check_range(name, labels.masked_fill(labels == -100, 0), logits.shape[-1])
+    check_range(name, labels.masked_fill(labels == -100, 0), logits.shape[-1])
     return F.cross_entropy(logits, labels, ignore_index=-100)
-
-
-def _check_range(name, index, limit):
-    """On a CPU; asking a GPU would cost a synchronisation, and its kernel asserts."""
-    if index.device.type == "cpu" and not ((index >= 0) & (index < limit)).all():
-        low, high = index.min().item(), index.max().item()
-        raise ValueError(f"GPT2: {name} range from {low} to {high}; they must be at least 0 and below {limit}")
 
 
 def _rows(tensor, last):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from model.cache import KVCache
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -61,6 +63,33 @@ def new_tokens(attention_mask, B, T, cache):
             )
         cache.starts = starts
     return end.tolist()
+
+
+def as_cache(past, config):
+    """A KVCache, or what serves as one; keys and values in tuples become one. Raises TypeError for anything else."""
+    if past is None or hasattr(past, "attend"):
+        return past
+    if isinstance(past, tuple | list):
+        return KVCache.from_layers(config, past)
+    if isinstance(past, torch.Tensor):
+        raise TypeError(
+            "GPT2: past_key_values is a tensor; it is forward's second argument, as in transformers: pass a mask by "
+            "its name, attention_mask="
+        )
+    raise TypeError(
+        f"GPT2: past_key_values is a {type(past).__name__}; a KVCache, as the model returns it, or a tuple of (keys, "
+        "values) for each layer is required. Leave it out to begin with an empty one; KVCache.from_layers(config, "
+        "[(layer.keys, layer.values) for layer in past.layers]) takes over what a transformers cache holds"
+    )
+
+
+def check_range(name, index, limit):
+    """On a CPU; asking a GPU would cost a synchronisation, and its kernel asserts."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not ((index >= 0) & (index < limit)).all():
+        low, high = index.min().item(), index.max().item()
+        raise ValueError(f"GPT2: {name} range from {low} to {high}; they must be at least 0 and below {limit}")
 
 
 def check_shape(name, tensor, *allowed):

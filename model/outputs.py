@@ -93,7 +93,8 @@ class DoubleHeadsOutput(ModelOutput):
 
 @dataclass(eq=False)
 class GenerateOutput(ModelOutput):
-    """sequences [R, L]; scores: one [R, V] for each step, as processed; sequences_scores [R] of beams.
+    """sequences [R, L]; sequences_scores [R] of beams; of each step: scores [R, V], as processed, and logits [R, V].
+
 
     forward_passes: how often the model ran, prefill included.
     """
@@ -101,5 +102,6 @@ class GenerateOutput(ModelOutput):
     sequences: torch.Tensor | None = None
     sequences_scores: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
     past_key_values: KVCache | None = None
     forward_passes: int | None = None

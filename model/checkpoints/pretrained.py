@@ -59,6 +59,12 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         """How many parameters there are; shared ones count once."""
         return sum(p.numel() for p in self.parameters())
 
+    def read_beside(self, source):
+        """Reads what a checkpoint holds beside its config and its weights. Nothing, unless a model says otherwise."""
+
+    def write_beside(self, directory):
+        """Writes what read_beside() reads."""
+
     def tie_weights(self):
         """Makes one parameter of those that the config ties. Nothing, unless a model says otherwise."""
 
@@ -154,6 +160,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         with blame(stored.weights_path):
             load_weights(model, stored.tensors, dtype=dtype, strict=strict)
         model.config.dtype = model.dtype
+        model.read_beside(source)
         return model.eval()
 
     def save_pretrained(self, directory, *, max_shard_size=None):
@@ -175,6 +182,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         config = copy.copy(self.config)
         config.tie_word_embeddings = config.tie_word_embeddings if is_tied is None else is_tied
         save_checkpoint(directory, config.to_dict(), tensors, max_shard_size)
+        self.write_beside(directory)
 
 
 # What Hugging Face calls the classes whose name is not the same here.

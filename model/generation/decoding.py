@@ -41,7 +41,6 @@ class Decoding:
     processors: list  # the caller's own, after those of the settings
     streamer: object = None
     fill: int = 0
-    output_scores: bool = False
     returns_cache: bool = False
     graphed: GraphedSteps | None = None
     cache: KVCache | None = None  # made by prefill
@@ -68,25 +67,32 @@ class Decoding:
         groups = [(slice(0, R), first[0])]  # rows of one length, and where their text starts
         if len(set(first)) > 1:
             groups = [(slice(r, r + 1), a) for r, a in enumerate(first)]
-        processors = [build_processors(settings, len(prompt), self.eos, self.processors) for prompt in self.prompts]
-        warpers = build_warpers(settings) if settings.do_sample else []
+        processors = [
+            build_processors(settings, len(prompt), self.eos, self.processors, r)
+            for r, prompt in enumerate(self.prompts)
+        ]
+        warpers = build_warpers(settings)
         uniform = uniform_draws(seeds, steps, device) if settings.do_sample else None
         budgets = torch.tensor(self.budgets, device=device)
         is_going = torch.ones(R, dtype=torch.bool, device=device)
         new_tokens = torch.zeros(R, dtype=torch.long, device=device)  # chosen for each row so far
         check = ScoreCheck(R, device, settings.do_sample)
-        kept_scores = []
-        copies = self.output_scores or bool(self.processors)  # a graph's next logits stand where the last ones stood
+        kept_scores, kept_logits = [], []
+        copies = (
+            settings.output_scores or settings.output_logits or bool(self.processors)
+        )  # a graph's next logits stand where the last ones stood
         self._stream(self.prompts[0])
 
         for step in range(steps):
             column = width + step
             scores = logits.to(torch.float32, copy=copies)
+            if settings.output_logits:
+                kept_logits.append(scores)
             if processors[0]:
                 scores = torch.cat([_apply(processors[r.start], ids[r, a:column], scores[r]) for r, a in groups])
             for warp in warpers:
                 scores = warp(scores)
-            if self.output_scores:
+            if settings.output_scores:
                 kept_scores.append(scores)
             check.see(scores, step, is_going)
             asks = device.type == "cpu" or (step + 1) % SYNC_EVERY == 0 or step + 1 == steps
@@ -112,7 +118,8 @@ class Decoding:
             self.graphed.detach(self.cache)
         return GenerateOutput(
             sequences=ids[:, : width + length],
-            scores=tuple(kept_scores[:length]) if self.output_scores else None,
+            scores=tuple(kept_scores[:length]) if settings.output_scores else None,
+            logits=tuple(kept_logits[:length]) if settings.output_logits else None,
             past_key_values=self.cache if settings.use_cache else None,
             forward_passes=self.forward_passes,
         )
@@ -149,10 +156,10 @@ class Decoding:
 
     def search_beams(self, seed):
         """Beam search or sampling; prompts of different lengths one after the other, as each would go alone."""
-        settings, generators, warpers = self.settings, [None] * len(self.prompts), []
+        settings, generators = self.settings, [None] * len(self.prompts)
         if settings.do_sample:
             generators = [torch.Generator().manual_seed(s) for s in row_seeds(seed, len(self.prompts), 1)]
-            warpers = build_warpers(settings, at_least=max(2, 1 + len(self.eos)))  # so that one of them does not end
+        warpers = build_warpers(settings, at_least=max(2, 1 + len(self.eos)))  # so that one of them does not end
         groups = [range(len(self.prompts))]
         if len(set(map(len, self.prompts))) > 1:
             groups = [[row] for row in groups[0]]
@@ -168,7 +175,7 @@ class Decoding:
                 settings=settings,
                 max_length=L + budget,
                 eos=self.eos,
-                processors=build_processors(settings, L, self.eos, self.processors),
+                processors=build_processors(settings, L, self.eos, self.processors, rows[0]),
                 warpers=warpers,
                 generators=[generators[row] for row in rows] if settings.do_sample else None,
                 stops=self.stops,
@@ -182,10 +189,6 @@ class Decoding:
 
     def verify_drafts(self):
         """Greedy decoding with drafts from each row's own text, one row after the other."""
-        if self.settings.do_sample or self.settings.sliding_window or self.output_scores:
-            raise ValueError(
-                "generate: prompt_lookup_num_tokens is for greedy decoding, without sliding_window and output_scores"
-            )
         found = [
             (len(prompt), self._verify_drafts_of_row(prompt, budget))
             for prompt, budget in zip(self.prompts, self.budgets)

@@ -1,12 +1,15 @@
 """generate(): its arguments, checked; the decoding itself is in model/generation/decoding.py."""
 
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
+from model.config import SPECIAL_TOKENS
+from model.generation.config import FILE, GenerationConfig, merge
 from model.generation.decoding import Decoding
 from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
-from model.generation.settings import Settings
+from model.generation.settings import Settings, token_ids
 from model.generation.stopping import Stops
 from model.inputs import padding_bounds
 from model.layers import onednn
@@ -17,6 +20,31 @@ class GenerationMixin:
     """generate() for a model with `transformer`, `lm_head` and `config`."""
 
     _graphs = None
+    _generation_config = None
+
+    @property
+    def generation_config(self):
+        """The defaults of generate(): a GenerationConfig, saved and loaded with the weights."""
+        if self._generation_config is None:
+            self._generation_config = GenerationConfig(self.config)
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config):
+        values = config if isinstance(config, dict) else config.to_dict()
+        self._generation_config = GenerationConfig.from_dict(values, self.config)
+
+    def read_beside(self, source):
+        path = source.find(FILE)
+        if path is not None:
+            self._generation_config = GenerationConfig.from_json_file(path, self.config)
+
+    def write_beside(self, directory):
+        """Where nothing is set, there is no file: config.json has the special tokens."""
+        if self.generation_config.is_set:
+            self.generation_config.save_pretrained(directory)
+        else:
+            (Path(directory) / FILE).unlink(missing_ok=True)
 
     @torch.no_grad()
     def generate(
@@ -24,16 +52,13 @@ class GenerationMixin:
         input_ids=None,
         attention_mask=None,
         *,
-        eos_token_id=None,
-        pad_token_id=None,
-        stop_strings=None,
+        generation_config=None,
+        inputs=None,
         tokenizer=None,
         stopping_criteria=None,
         logits_processor=None,
         streamer=None,
         seed=None,
-        return_dict_in_generate=False,
-        output_scores=False,
         **settings,
     ):
         """Continues prompts: token ids [R, L], or a GenerateOutput if return_dict_in_generate.
@@ -52,7 +77,11 @@ class GenerationMixin:
         each 256 tokens of length, and replay it. The graphs and their cache memory stay with the model until
         release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger
         "model.generation.graph" says why. False: never.
-        eos_token_id: one or several, by default the config's; [] for none.
+        Also typical_p, suppress_tokens, sequence_bias, prefix_allowed_tokens_fn(row, ids), renormalize_logits;
+        max_time, in seconds; output_scores and output_logits, of each step. inputs: another name of input_ids.
+        generation_config: a GenerationConfig, transformers', or a dict. What it does not set is as in
+        self.generation_config, which a checkpoint's generation_config.json fills; an argument goes before both, and
+        None as one switches its setting off. eos_token_id: one or several; [] for none.
         seed: one (row r gets seed + r), or one per row: a row's sample then depends on nothing else in the batch.
         stopping_criteria: functions (ids [R, L], scores) -> bool [R]; logits_processor: (ids, scores) -> scores; both
         see rows of one length, without padding. stop_strings need the tokenizer. streamer: put(ids), end(); one row.
@@ -60,15 +89,25 @@ class GenerationMixin:
         Raises ValueError or TypeError before any work where an argument is wrong or a row would outgrow n_positions.
         On a CPU in fp32 the weights are packed at the first call, which takes a second copy of them in memory.
         """
+        if inputs is not None and input_ids is not None:
+            raise ValueError("generate: inputs is another name of input_ids; give one of them")
+        input_ids = inputs if input_ids is None else input_ids
+        settings = merge(self.generation_config, generation_config, settings)
+        bos, eos, pad = (settings.pop(name, None) for name in SPECIAL_TOKENS)
+        stop_strings = settings.pop("stop_strings", None)
         try:
             settings = Settings(**settings)
         except TypeError as error:
-            raise TypeError(f"generate: {str(error).removeprefix('Settings.__init__() ')}") from None
-        eos = _as_list(self.config.eos_token_id if eos_token_id is None else eos_token_id)
-        pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
-        prompts, width = self._prompts(input_ids, attention_mask, pad if pad not in eos else None)
+            raise TypeError(
+                f"generate: {str(error).removeprefix('Settings.__init__() ').removeprefix('generate: ')}"
+            ) from None
+        V = self.config.vocab_size
+        settings.check_vocabulary(V)
+        eos = [token for token in token_ids("eos_token_id", eos) if 0 <= token < V]  # others are never said
+        pad = next(iter(token_ids("pad_token_id", pad)), None)
+        prompts, width = self._prompts(input_ids, attention_mask, bos, pad if pad not in eos else None)
         budgets = [settings.new_tokens(len(prompt), self.config.n_positions) for prompt in prompts]
-        stops = Stops(eos, stop_strings, tokenizer, stopping_criteria)
+        stops = Stops(eos, stop_strings, tokenizer, stopping_criteria, settings.max_time)
         if streamer is not None and len(prompts) * settings.num_return_sequences * settings.num_beams > 1:
             raise ValueError("generate: a streamer takes one row, and no beams")
         run = Decoding(
@@ -82,8 +121,7 @@ class GenerationMixin:
             processors=list(logits_processor or ()),
             streamer=streamer,
             fill=pad if pad is not None else eos[0] if eos else 0,
-            output_scores=output_scores,
-            returns_cache=return_dict_in_generate,
+            returns_cache=settings.return_dict_in_generate,
         )
         with self.packed_weights(), self.graphed_steps(settings) or nullcontext() as run.graphed:
             if settings.num_beams > 1:
@@ -94,7 +132,7 @@ class GenerationMixin:
                 output = run.choose_tokens(seed)
         if streamer is not None:
             streamer.end()
-        return output if return_dict_in_generate else output.sequences
+        return output if settings.return_dict_in_generate else output.sequences
 
     @contextmanager
     def packed_weights(self):
@@ -132,12 +170,12 @@ class GenerationMixin:
             self.release_graphs()
         return super().train(mode)
 
-    def _prompts(self, input_ids, attention_mask, pad):
+    def _prompts(self, input_ids, attention_mask, bos, pad):
         """(The prompts as a list of ids [L], without padding; how wide they came, padding included)."""
         if input_ids is None:
-            if self.config.bos_token_id is None:
+            if bos is None:
                 raise ValueError("generate: no input_ids, and the config has no bos_token_id to start from")
-            input_ids = [[self.config.bos_token_id]]
+            input_ids = [[bos]]
         if isinstance(input_ids, torch.Tensor):
             if input_ids.dim() != 2:
                 raise ValueError(f"generate: input_ids must be [B, T]; its shape is {tuple(input_ids.shape)}")
@@ -161,7 +199,3 @@ def _between_pads(ids, pad):
     """The mask of ids [B, T] whose padding is what stands at either end; within a text `pad` is a token."""
     is_text = ids != pad
     return (is_text.cumsum(1) > 0) & (is_text.flip(1).cumsum(1).flip(1) > 0)
-
-
-def _as_list(token):
-    return [] if token is None else [token] if isinstance(token, int) else list(token)

@@ -52,6 +52,54 @@ def bad_words(sequences):
     return process
 
 
+def suppress(tokens):
+    """Forbids these tokens."""
+
+    def process(ids, scores):
+        scores = scores.clone()
+        for token in tokens:
+            scores[:, token].fill_(NEVER)
+        return scores
+
+    return process
+
+
+def sequence_bias(biases):
+    """Adds biases[ids] to the score of the last of these ids where its other ids have just been said."""
+
+    def process(ids, scores):
+        scores = scores.clone()
+        for (*prefix, last), bias in biases.items():
+            if len(prefix) <= ids.shape[1]:
+                said = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+                for back, token in enumerate(reversed(prefix), start=1):
+                    said &= ids[:, -back] == token
+                scores[:, last] += scores.new_zeros(len(ids)).masked_fill(said, bias)  # 0 * -inf would be NaN
+        return scores
+
+    return process
+
+
+def prefix_allowed_tokens(allowed, first_row, beams):
+    """Keeps the tokens that allowed(row, ids [L]) lists; `beams` rows at a time are one row of the caller's.
+
+    Where none of them has any probability left they become equally likely, as in transformers: the constraint holds.
+    """
+
+    def process(ids, scores):
+        mask = torch.full_like(scores, NEVER)
+        for r, row in enumerate(ids):
+            tokens = list(allowed(first_row + r // beams, row))
+            if not tokens:
+                raise ValueError(f"generate: prefix_allowed_tokens_fn allows no token in row {first_row + r // beams}")
+            mask[r, tokens] = 0.0
+        kept = scores + mask
+        hopeless = (kept.amax(-1) == NEVER).view(-1, beams).all(-1).repeat_interleave(beams)[:, None]
+        return torch.where(hopeless & ~scores.isnan().any(-1, keepdim=True), mask, kept)
+
+    return process
+
+
 def min_length(length, eos):
     """Bans EOS below `length` tokens."""
 
@@ -100,9 +148,29 @@ def min_p(p, at_least=1):
     return process
 
 
-def build_processors(settings, prompt_length, eos, extra=()):
-    """The processors that look at the tokens, in Hugging Face's order; the caller's own come last."""
+def typical_p(mass, at_least=1):
+    """Keeps the tokens closest to the expected surprise whose probability reaches `mass`. Meister et al. 2022."""
+
+    def process(scores):
+        surprise = -scores.log_softmax(-1)
+        expected = (surprise * scores.softmax(-1)).nansum(-1, keepdim=True)  # of a forbidden token inf * 0
+        ascending, order = (surprise - expected).abs().sort()
+        count = (scores.gather(1, order).softmax(-1).cumsum(-1) < mass).sum(-1, keepdim=True)  # [R, 1]
+        beyond = ascending > ascending.gather(1, count.clamp(max=scores.shape[-1] - 1))
+        beyond[:, :at_least] = False
+        return scores.masked_fill(beyond.scatter(1, order, beyond), NEVER)
+
+    return process
+
+
+def build_processors(settings, prompt_length, eos, extra=(), first_row=0):
+    """The processors that look at the tokens, in Hugging Face's order; the caller's own come last.
+
+    first_row: what the caller calls the first of the rows that they are for.
+    """
     processors = []
+    if settings.sequence_bias:
+        processors.append(sequence_bias(settings.sequence_bias))
     if settings.repetition_penalty != 1.0:
         processors.append(repetition_penalty(settings.repetition_penalty))
     if settings.no_repeat_ngram_size:
@@ -112,14 +180,21 @@ def build_processors(settings, prompt_length, eos, extra=()):
     shortest = max(settings.min_length, prompt_length + settings.min_new_tokens)
     if eos and shortest > prompt_length:
         processors.append(min_length(shortest, eos))
+    if settings.prefix_allowed_tokens_fn is not None:
+        processors.append(prefix_allowed_tokens(settings.prefix_allowed_tokens_fn, first_row, settings.num_beams))
+    if settings.suppress_tokens:
+        processors.append(suppress(settings.suppress_tokens))
     return [*processors, *extra]
 
 
 def build_warpers(settings, at_least=1):
     """What shapes the distribution that a token is drawn from: scores [R, V] to scores, in Hugging Face's order.
 
-    They leave `at_least` so many tokens in it.
+    They leave `at_least` so many tokens in it. Where none is drawn, the scores are renormalized at most.
     """
+    normalize = [lambda scores: scores.log_softmax(-1)] if settings.renormalize_logits else []
+    if not settings.do_sample:
+        return normalize
     warpers = []
     if settings.temperature != 1.0:
         warpers.append(temperature(settings.temperature))
@@ -129,7 +204,9 @@ def build_warpers(settings, at_least=1):
         warpers.append(top_p(settings.top_p, at_least))
     if settings.min_p is not None:
         warpers.append(min_p(settings.min_p, at_least))
-    return warpers
+    if settings.typical_p < 1.0:
+        warpers.append(typical_p(settings.typical_p, at_least))
+    return warpers + normalize
 
 
 def row_seeds(seed, rows, repeats):

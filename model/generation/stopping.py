@@ -1,12 +1,15 @@
-"""Stopping criteria: EOS tokens, stop strings, the caller's own."""
+"""Stopping criteria: EOS tokens, stop strings, the caller's own, the clock."""
+
+import time
 
 import torch
 
 
 class Stops:
-    """Whether rows of ids end: with an EOS token, a stop string, or by the caller's criteria."""
+    """Whether rows of ids end: with an EOS token, a stop string, by the caller's criteria, after max_time seconds."""
 
-    def __init__(self, eos, strings=None, tokenizer=None, criteria=None):
+    def __init__(self, eos, strings=None, tokenizer=None, criteria=None, max_time=None):
+        self.deadline = None if max_time is None else time.monotonic() + max_time
         self.eos = eos
         self.strings = [strings] if isinstance(strings, str) else list(strings or ())
         self.tokenizer = tokenizer
@@ -25,6 +28,8 @@ class Stops:
             ended |= torch.tensor([self._ends_in_string(row) for row in ids.tolist()], device=ids.device)
         for criterion in self.criteria:
             ended |= torch.as_tensor(criterion(ids, scores), device=ids.device)
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            ended.fill_(True)
         return ended
 
     @property

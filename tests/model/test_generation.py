@@ -36,6 +36,12 @@ GREEDY = {
     "several eos": {"eos_token_id": [0, 17, 63, 5]},
     "all at once": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "eos_token_id": [3, 8]},
     "no cache": {"use_cache": False},
+    "whole floats and none": {"max_new_tokens": 9.0, "repetition_penalty": None},
+    "eos in a tensor": {"eos_token_id": torch.tensor([3, 8])},
+    "suppressed": {"suppress_tokens": [5, 17, 33]},
+    "biased": {"sequence_bias": {(17,): -3.0, (5, 80): 10.0, (9, 2, 44): -float("inf")}},
+    "prefix": {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 7 + i + row) % 101 for i in range(9)]},
+    "an object": {"generation_config": transformers.GenerationConfig(max_new_tokens=9, repetition_penalty=1.4)},
 }
 
 
@@ -166,6 +172,8 @@ BEAMS = {
     "never early": {"early_stopping": "never", "length_penalty": 0.5, "num_return_sequences": 3},
     "never early, no penalty": {"early_stopping": "never", "length_penalty": 0.0},
     "processors": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    "prefix": {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 7 + i + row) % 101 for i in range(9)]},
+    "renormalized": {"renormalize_logits": True, "suppress_tokens": [5, 33]},
     "no eos": {"eos_token_id": 100_000},
 }
 
@@ -266,6 +274,10 @@ WARPERS = {
     "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.7, "top_k": 0},
     "min_p": {"min_p": 0.2, "top_k": 0},
+    "typical_p": {"typical_p": 0.6, "top_k": 0},
+    "none is off": {"top_k": None, "top_p": None, "temperature": None},
+    "top_p of 0": {"top_p": 0.0},
+    "renormalized": {"top_k": 9, "renormalize_logits": True},
     "all": {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3},
 }
 
@@ -428,12 +440,54 @@ class TestLength:
         assert ours.generate(long, max_new_tokens=5, sliding_window=True, eos_token_id=[]).shape == (1, 95)
 
 
+class TestGenerationConfig:
+    """generation_config.json is read, obeyed and saved; arguments go before it."""
+
+    VALUES = (("eos_token_id", [3, 8]), ("num_beams", 3), ("max_new_tokens", 9), ("repetition_penalty", 1.3))
+
+    def test_is_transformers_both_ways(self, models, tmp_path):
+        _, theirs = models
+        theirs.save_pretrained(tmp_path)
+        transformers.GenerationConfig(**dict(self.VALUES), pad_token_id=0).save_pretrained(tmp_path)
+        loaded = GPT2.from_pretrained(tmp_path, attn_implementation="sdpa")
+        again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+        expected = theirs_say(again, PROMPT)
+        out = loaded.generate(PROMPT, pad_token_id=3)  # transformers fills beams with eos where pad is 0
+        assert torch.equal(out, expected)
+        loaded.generation_config.num_beams = 2
+        loaded.save_pretrained(tmp_path / "ours")
+        assert transformers.GenerationConfig.from_pretrained(tmp_path / "ours").num_beams == 2
+        assert GPT2.from_pretrained(tmp_path / "ours").generation_config == loaded.generation_config
+
+    def test_arguments_go_first_and_the_config_is_live(self, models):
+        model = GPT2(tiny_config(), attn_implementation="sdpa").eval()
+        model.load_state_dict(models[0].state_dict())
+        model.generation_config.max_new_tokens = 4
+        model.config.eos_token_id = None
+        assert model.generate(PROMPT).shape == (2, 11)
+        assert model.generate(PROMPT, max_new_tokens=6).shape == (2, 13)
+        assert model.generate(inputs=PROMPT, max_length=9).shape == (2, 9)
+        assert model.generate(PROMPT, generation_config={"max_new_tokens": 2}).shape == (2, 9)
+        assert model.generate(PROMPT, max_time=1e-9).shape == (2, 8)
+
+    def test_what_it_cannot_do_is_named(self, models):
+        with pytest.raises(ValueError, match=r"generation_config\.penalty_alpha is 0\.6; generate\(\) has no"):
+            models[0].generate(PROMPT, generation_config={"penalty_alpha": 0.6})
+        with pytest.raises(TypeError, match="generation_config is int; a GenerationConfig or a dict"):
+            models[0].generate(PROMPT, generation_config=3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "temperature is 0; it must be greater than 0; do_sample=False is greedy"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids has an empty word"),
+        ({"bad_words_ids": [5, 6]}, "bad_words_ids is .* a list of words"),
+        ({"bad_words_ids": [[101]]}, "bad_words_ids names token 101; the vocabulary has 0 to 100"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
+        ({"sequence_bias": {(): 1.0}}, "sequence_bias has an empty sequence"),
+        ({"temperature": 0}, r"temperature is 0\.0; it must be greater than 0; do_sample=False is greedy"),
         ({"top_k": -1}, "top_k is -1; it must be an integer, 0 for all tokens"),
-        ({"top_p": 1.5}, r"top_p is 1.5; it must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p is 1.5; it must be in \[0, 1\]"),
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be positive"),
