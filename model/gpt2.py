@@ -14,7 +14,7 @@ from model.attention import attention, check_attention_name, self_attention, spl
 from model.cache import KVCache
 from model.checkpoints.pretrained import PretrainedModel
 from model.generation.generate import GenerationMixin
-from model.inputs import Padding, check_shape, lookup, new_tokens, padding_bounds
+from model.inputs import Padding, as_cache, check_range, check_shape, lookup, new_tokens, padding_bounds
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
 from model.layers.norm import LayerNorm, add_norm
@@ -189,7 +189,7 @@ class GPT2Model(PretrainedModel):
         A token or position id outside its table raises ValueError on a CPU; on a GPU the embedding kernel asserts.
         """
         config = self.config
-        cache = past_key_values
+        cache = as_cache(past_key_values, config)
         if use_cache is None:
             use_cache = cache is not None or (config.use_cache and not torch.is_grad_enabled())
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
@@ -345,6 +345,7 @@ class GPT2(GenerationMixin, PretrainedModel):
         x = hidden.last_hidden_state  # [B, T, C]
         if labels is not None:
             check_shape("labels", labels, tuple(x.shape[:2]))
+            check_range("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
         if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
             if labels is not None:
                 raise ValueError("GPT2: labels need the logits of every position; leave logits_to_keep at 0")

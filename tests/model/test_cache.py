@@ -213,3 +213,23 @@ def test_refuses_what_does_not_fit_the_cache(arguments, message):
         cache = model(torch.zeros(2, 5).long()).past_key_values
     with pytest.raises(ValueError, match=message):
         model(**{"input_ids": torch.zeros(2, 1).long(), "past_key_values": cache, **arguments})
+
+
+def test_a_cache_of_tuples_is_taken_over_and_others_are_explained():
+    model = spread(GPT2(tiny_config(), attn_implementation="sdpa")).eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        held = model(ids[:, :4]).past_key_values
+        layers = tuple((keys[:, :, :4], values[:, :, :4]) for keys, values in held.data)
+        rest = model(ids[:, 4:], past_key_values=layers).logits
+        torch.testing.assert_close(rest, model(ids).logits[:, 4:], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="2 layers came; 3 pairs of keys and values are required"):
+        model(ids, past_key_values=layers[:2])
+    with pytest.raises(TypeError, match="past_key_values is a dict; a KVCache"):
+        model(ids, past_key_values={})
+
+
+def test_labels_outside_the_vocabulary_are_explained():
+    model = GPT2(tiny_config())
+    with pytest.raises(ValueError, match="labels range from 0 to 101; they must be at least 0 and below 101"):
+        model(torch.zeros(1, 4, dtype=torch.long), labels=torch.tensor([[0, 3, -100, 101]]))
