@@ -7,8 +7,9 @@
     assert tokenizer.decode(ids) == "Hello, world!"
 
 Reading order: `vocabulary.py` (bytes, tokens, merges), `pretokenize.py` (text into pieces), `bpe.py` (a piece into
-tokens), `memo.py`, `gpt2.py` (the API); why long text is fast: `spans.py`, `words.py`, `hashing.py`, `merging.py`,
-`borders.py`; then `special.py`, `batch.py`, `files.py`, `stream.py` and `train.py`.
+tokens), `gpt2.py` (the API) with `special.py`, `batch.py`, `checks.py` and `tiktoken_names.py`; `files.py` and
+`saving.py`; `stream.py` and `train.py`. Why long text is fast: `long_text/`, of which `memo.py` is the entrance, then
+`spans.py`, `words.py`, `hashing.py`, `merging.py`, `borders.py`, and `token_bytes.py` for decoding.
 """
 
 from .batch import BatchEncoding

@@ -1,10 +1,12 @@
-"""Text from tokens as they come, for printing while a model writes."""
+"""Text from tokens as they are generated."""
 
 from codecs import getincrementaldecoder
 
+from . import checks
+
 
 class StreamDecoder:
-    """Decodes ids one by one; holds back the bytes of an unfinished character and nothing else.
+    """Decodes ids incrementally: an incomplete UTF-8 sequence is held back until its last byte, and nothing else.
 
         stream = StreamDecoder(tokenizer)
         for token in tokens:
@@ -15,17 +17,19 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer, errors="replace", skip_special_tokens=False):
+        if not hasattr(tokenizer, "decode_bytes"):
+            raise TypeError(f"StreamDecoder: tokenizer is {type(tokenizer).__name__}; it must be a GPT2Tokenizer")
         self._tokenizer = tokenizer
-        self._decoder = getincrementaldecoder("utf-8")(errors)
-        self._skip_special_tokens = skip_special_tokens
+        self._decoder = getincrementaldecoder("utf-8")(checks.error_handler(errors, "StreamDecoder"))
+        self._skip_special_tokens = checks.flag(skip_special_tokens, "StreamDecoder", "skip_special_tokens")
 
     def push(self, ids):
         """The text (str, perhaps empty) that one id, or several, complete."""
-        ids = [ids] if isinstance(ids, int) else ids
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids, skip_special_tokens=self._skip_special_tokens))
+        return self._decoder.decode(self._tokenizer._known_bytes(ids, self._skip_special_tokens, "StreamDecoder.push"))
 
     def finish(self):
-        """What is left when no more ids come: "" or, by `errors`, the treatment of an unfinished character."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        """What is left when no more ids come: "" or, by `errors`, the treatment of an incomplete UTF-8 sequence."""
+        try:
+            return self._decoder.decode(b"", final=True)
+        finally:
+            self._decoder.reset()

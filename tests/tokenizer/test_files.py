@@ -71,7 +71,6 @@ def test_a_repository_out_of_reach_is_an_error_that_names_it(monkeypatch, tmp_pa
         ({"model": {"type": "Unigram"}}, "model 'Unigram'"),
         ({"model": {"ignore_merges": True}}, "model option ignore_merges"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer 'Whitespace'"),
-        ({"pre_tokenizer": {"add_prefix_space": True}}, "add_prefix_space"),
         ({"post_processor": {"type": "RobertaProcessing"}}, "post_processor 'RobertaProcessing'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

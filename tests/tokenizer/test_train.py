@@ -73,7 +73,7 @@ def test_a_trained_tokenizer_encodes_decodes_saves_and_loads(tmp_path):
 
 
 def test_bad_requests():
-    with pytest.raises(TypeError, match="texts is one str"):
+    with pytest.raises(TypeError, match="texts is str; it must be an iterable"):
         GPT2Tokenizer.train("text", 300)
     with pytest.raises(ValueError, match="vocab_size=256; it must be at least 257: 256 bytes and 1 special tokens"):
         GPT2Tokenizer.train(["text"], 256)
