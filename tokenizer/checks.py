@@ -39,6 +39,16 @@ def paired_surrogates(text, function):
     return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
+def encodable(value, function, name):
+    """A str that UTF-8 can write."""
+    text(value, function, name)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{function}: {name} {value[:40]!r} holds a lone surrogate") from None
+    return value
+
+
 def flag(value, function, name):
     if not isinstance(value, bool):
         raise TypeError(f"{function}: {name} is {kind(value)}; it must be True or False")
@@ -94,18 +104,18 @@ def token(value, function, name="token"):
     unusual = [option for option in ("lstrip", "rstrip", "single_word") if getattr(value, option, False)]
     if unusual and not is_str:
         raise ValueError(f"{function}: {name} {content!r} has {', '.join(unusual)}, which is not supported")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{function}: {name} {content!r} holds a lone surrogate") from None
-    return content
+    return encodable(content, function, name)
 
 
 def path(value, function, name):
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise TypeError(f"{function}: {name} is {value!r}; it must be a path, as str or os.PathLike")
-    if "\0" in str(os.fspath(value)):
-        raise ValueError(f"{function}: {name} {value!r} holds a null character")
+    try:
+        is_path = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        raise ValueError(f"{function}: {name} {value!r} holds a character that no path has")
     return value
 
 

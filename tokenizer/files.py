@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from . import saving
+from . import checks, saving
 from .special import EXTRA, ROLES
 from .vocabulary import (
     BYTE_TO_CHAR,
@@ -269,7 +269,7 @@ def _content(token, where, what):
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str) or not token:
         raise ValueError(f"{FUNCTION}: {where}: {what} is {token!r}; a token is a non-empty string")
-    return token
+    return checks.encodable(token, FUNCTION, f"{where}: {what}")
 
 
 def _of(value, type_, what, where):

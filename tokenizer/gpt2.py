@@ -9,6 +9,7 @@ from .long_text.borders import FinePieces
 from .long_text.memo import Memo
 from .named_tokens import NamedTokens
 from .special import ROLES, Role, RoleId, Setting, partition, split
+from .stream import StreamDecoder
 from .tiktoken_names import TiktokenNames
 from .vocabulary import END_OF_TEXT, Vocabulary, gpt2_vocabulary, vocabulary_from_merges
 
@@ -90,6 +91,9 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
                 if self._id_of(token) is None:
                     self.add_special_tokens({role: token})
             setattr(self, role, token)
+        if not isinstance(additional_special_tokens, (list, tuple, type(None))):
+            kind = checks.kind(additional_special_tokens)
+            raise TypeError(f"GPT2Tokenizer: additional_special_tokens is {kind}; it must be a list of str")
         if additional_special_tokens:
             self.add_special_tokens({"additional_special_tokens": additional_special_tokens})
 
@@ -160,6 +164,7 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
                 f"{function}: vocab_size={vocab_size}; it must be at least {vocab_size - merges}: "
                 f"256 bytes and {len(special_tokens)} special tokens"
             )
+        texts = (checks.encodable(text, function, "a text") for text in texts)
         learned = learn_merges(texts, merges, progress=progress)
         return cls(vocabulary_from_merges(learned, special_tokens, consistent=True), **kwargs)
 
@@ -429,6 +434,10 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         """
         ids = checks.ids(tokens, "GPT2Tokenizer.decode_with_offsets", "tokens")
         return self.decode_bytes(ids).decode(), [start for start, _ in self._spans(ids)]
+
+    def stream_decoder(self, errors="replace", skip_special_tokens=False):
+        """A StreamDecoder of this tokenizer's, for ids that come one by one."""
+        return StreamDecoder(self, errors, skip_special_tokens)
 
     def _kept_ids(self, ids, skip_special_tokens, function):
         ids = checks.ids(ids, function)

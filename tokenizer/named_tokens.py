@@ -166,13 +166,17 @@ class NamedTokens:
     def convert_tokens_to_ids(self, tokens):
         """The id of one token as spelled in `vocab.json`, or of each. An unknown one raises ValueError."""
         function = "GPT2Tokenizer.convert_tokens_to_ids"
-        several = [tokens] if isinstance(tokens, str) else checks.texts(tokens, function, "tokens")
-        ids = list(map(self._id_of, several))
+        if isinstance(tokens, str):
+            return self._ids_of([tokens], function)[0]
+        return self._ids_of(checks.texts(tokens, function, "tokens"), function)
+
+    def _ids_of(self, tokens, function):
+        ids = list(map(self._id_of, tokens))
         if None in ids:
-            raise ValueError(f"{function}: {several[ids.index(None)]!r} is not in the vocabulary")
-        return ids[0] if isinstance(tokens, str) else ids
+            raise ValueError(f"{function}: token {tokens[ids.index(None)]!r} is not in the vocabulary")
+        return ids
 
     def convert_tokens_to_string(self, tokens):
         """The text of tokens as spelled in `vocab.json`."""
-        checks.texts(tokens, "GPT2Tokenizer.convert_tokens_to_string", "tokens")
-        return self.decode(self.convert_tokens_to_ids(tokens))
+        function = "GPT2Tokenizer.convert_tokens_to_string"
+        return self.decode(self._ids_of(checks.texts(tokens, function, "tokens"), function))

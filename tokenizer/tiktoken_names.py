@@ -70,7 +70,7 @@ class TiktokenNames:
 
     def decode_batch(self, batch, *, errors=None):
         """A list of `decode(ids, errors=errors)` of each row."""
-        return self.batch_decode(batch, errors=errors)
+        return [self.decode(ids, errors=errors) for ids in checks.rows(batch, "GPT2Tokenizer.decode_batch", "batch")]
 
     def decode_bytes_batch(self, batch):
         """A list of `decode_bytes(ids)` of each row."""
