@@ -7,8 +7,6 @@ python -m model "Hello" --random-weights --size gpt2
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from model.attention.outside import add_import_option
 from model.config import PRESETS
 from model.generation.streaming import TextStreamer
 from model.neighbours import require
+from model.terminal import discard, one_line, shown, shown_json, write_anything
 
 require("tokenizer")
 
@@ -33,7 +32,10 @@ def parse(arguments):
         prog="python -m model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; standard input if it is - or not given")
-    parser.add_argument("--batch-file", type=Path, help="continue each line of a UTF-8 file, all in one batch")
+    parser.add_argument("--batch-file", type=Path, help="continue each line of a UTF-8 file, but blank ones")
+    parser.add_argument(
+        "--special", action="store_true", help="read special tokens in a prompt, <|endoftext|>, as such"
+    )
     parser.add_argument("--model", default="gpt2", help="a directory or a name on the Hub (default: gpt2)")
     parser.add_argument("--random-weights", action="store_true", help="do not load weights; see --size")
     parser.add_argument("--size", choices=PRESETS, default="gpt2", help="with --random-weights (default: gpt2)")
@@ -61,9 +63,11 @@ def parse(arguments):
 def read_prompts(options):
     """The texts to continue. Raises ValueError where one is empty."""
     if options.batch_file is not None:
-        prompts = options.batch_file.read_text(encoding="utf-8").splitlines()
+        # Only newlines end a line: U+2028 or a form feed may stand in a text. A text file may begin with a BOM.
+        lines = options.batch_file.read_bytes().decode("utf-8-sig").split("\n")
+        prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     elif options.prompt is None or options.prompt == "-":
-        prompts = [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
+        prompts = [sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")]
     else:
         prompts = [options.prompt]
     if not prompts or not all(prompts):
@@ -71,15 +75,51 @@ def read_prompts(options):
     return prompts
 
 
+def device_of(name):
+    """The torch.device of a name. Raises ValueError where this machine has no such device."""
+    try:
+        torch.zeros(1, device=name).item()  # "meta" holds nothing that could be read
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name}: {reason}; --device cpu always works") from None
+    return torch.device(name)
+
+
+def reach(name):
+    """Raises FileNotFoundError where a checkpoint would have to come from the Hub, which cannot be reached.
+
+    hf_hub_download would find the same, but only after half a minute of trying again.
+    """
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    try:
+        if (
+            Path(name).is_dir()
+            or constants.HF_HUB_OFFLINE
+            or isinstance(try_to_load_from_cache(name, "config.json"), str)
+        ):
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        pass  # loading says it better
+    except Exception as error:  # of whichever HTTP library there is
+        raise FileNotFoundError(f"the Hub cannot be reached, and {name!r} is neither a directory nor cached") from error
+
+
 def load(options):
     """(model, tokenizer), on the device."""
     dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
+    device = device_of(options.device)
     if options.random_weights:
         torch.manual_seed(0 if options.seed is None else options.seed)
         model = GPT2(GPT2Config.preset(options.size), attn_implementation=options.attn).eval()
         model = model if dtype == "auto" else model.to(dtype)
-        return model.to(options.device), GPT2Tokenizer.from_pretrained("gpt2")
-    model = GPT2.from_pretrained(options.model, attn_implementation=options.attn, dtype=dtype).to(options.device)
+        return model.to(device), GPT2Tokenizer.from_pretrained("gpt2")
+    try:
+        reach(options.model)
+        model = GPT2.from_pretrained(options.model, attn_implementation=options.attn, dtype=dtype).to(device)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; --random-weights needs no checkpoint") from error
     has_tokenizer = any((Path(options.model) / name).is_file() for name in ("tokenizer.json", "merges.txt"))
     return model, GPT2Tokenizer.from_pretrained(options.model if has_tokenizer else "gpt2")
 
@@ -127,24 +167,29 @@ class Teller(TextStreamer):
         if not self.silent:
             super().on_end()
 
+    def fail(self, error):
+        """run() ends it after Ctrl-C, and nobody hears it after an error."""
+
 
 def main(arguments=None):
     """Runs the command; returns the exit status."""
     options = parse(arguments)
+    write_anything(sys.stdout)
     try:
-        prompts = read_prompts(options)
-        model, tokenizer = load(options)
-        return run(options, prompts, model, tokenizer)
-    except (OSError, ValueError) as error:
-        print(f"model: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # as from `| head`; what is left in the buffer must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = run(options, read_prompts(options), *load(options))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
         return 0
+    except (OSError, ValueError) as error:
+        print(one_line("model", error), file=sys.stderr)
+        return 2
+    return status
 
 
 def run(options, prompts, model, tokenizer):
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    special = {"allowed_special": "all"} if options.special else {"disallowed_special": ()}
+    encoded = [tokenizer.encode(prompt, **special) for prompt in prompts]
     teller = Teller(tokenizer, silent=options.json) if len(prompts) == 1 else None
     model.pack_weights()  # before the clock starts
     progress = Progress(model.device)
@@ -176,8 +221,9 @@ def run(options, prompts, model, tokenizer):
 
 def until_end(text, prompt_length, model):
     """A row's ids up to its first EOS token, inclusive, without padding."""
-    end = model.config.eos_token_id
-    return text[: text.index(end, prompt_length) + 1] if end in text[prompt_length:] else text
+    eos = model.config.eos_token_id
+    eos = eos if isinstance(eos, (list, tuple)) else [eos]
+    return next((text[: i + 1] for i in range(prompt_length, len(text)) if text[i] in eos), text)
 
 
 def report(options, prompts, encoded, texts, tokenizer, progress, interrupted):
@@ -196,11 +242,11 @@ def report(options, prompts, encoded, texts, tokenizer, progress, interrupted):
                 "prefill_tokens_per_s": prefill,
                 "decode_tokens_per_s": decode,
             }
-            print(json.dumps(row, ensure_ascii=False))
+            print(shown_json(row, sys.stdout))
         return
     if len(prompts) > 1:
         for text in texts:
-            print(tokenizer.decode(text, skip_special_tokens=True), end="\n\n")
+            print(shown(tokenizer.decode(text, skip_special_tokens=True), sys.stdout), end="\n\n")
     rates = [f"{name} {rate:.1f} tokens/s" for name, rate in (("prefill", prefill), ("decode", decode)) if rate]
     rows = f" in each of {len(prompts)} rows" if len(prompts) > 1 else ""
     print(f"[{prompt_tokens} + {max(new_tokens)} tokens{rows}; {', '.join(rates) or 'not timed'}]", file=sys.stderr)

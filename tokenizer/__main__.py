@@ -33,15 +33,22 @@ def main(arguments=None):
         tokenizer = GPT2Tokenizer.from_pretrained(options.vocabulary)
         ids = tokenizer.encode(text, allowed_special="all") if options.special else tokenizer.encode_ordinary(text)
     except (OSError, ValueError) as error:
-        print(f"tokenizer: {error}", file=sys.stderr)
+        message = f"tokenizer: {error}".replace("\n", " ")
+        print(_escaped(message) if sys.stderr.isatty() else message, file=sys.stderr)
         return 2
     tokens = [{"id": id, "token": tokenizer.decode(id), "bytes": tokenizer.decode_bytes(id).hex(" ")} for id in ids]
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    if not is_unicode and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if options.json:
-            size = {"characters": len(text), "bytes": len(text.encode()), "tokens": len(ids)}
-            print(json.dumps({"text": text, **size, "ids": ids, "tokens": tokens}, ensure_ascii=False))
+            counts = {"characters": len(text), "bytes": len(text.encode()), "tokens": len(ids)}
+            shown = {"text": text, "counts": counts, "ids": ids, "tokens": tokens}
+            # Beyond ASCII there are characters that steer a terminal, as U+009B, which JSON leaves as they are.
+            print(json.dumps(shown, ensure_ascii=not is_unicode or sys.stdout.isatty()).replace("\x7f", "\\u007f"))
         else:
             _print_table(text, tokens, _in_color(options.color))
+        sys.stdout.flush()
     except BrokenPipeError:  # as from `| head`; what is left in the buffer must not raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -76,7 +83,11 @@ def _print_table(text, tokens, color):
 
 def _visible(token):
     """A token on one line: spaces as dots, what does not print escaped, part of a character as U+FFFD."""
-    return "".join("·" if c == " " else c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
+    return "".join("·" if c == " " else _escaped(c) for c in token)
+
+
+def _escaped(text):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from model.generation.decoding import Decoding
 from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
 from model.generation.settings import Settings, token_ids
 from model.generation.stopping import Stops
+from model.generation.streaming import tells_streamer
 from model.inputs import padding_bounds
 from model.layers import onednn
 from model.layers.linear import Linear
@@ -47,6 +48,7 @@ class GenerationMixin:
             (Path(directory) / FILE).unlink(missing_ok=True)
 
     @torch.no_grad()
+    @tells_streamer
     def generate(
         self,
         input_ids=None,

@@ -1,18 +1,45 @@
 """Streamers: what generate() tells as it goes. put(ids) first gives the prompt, then each token; end() closes.
 
-Bytes of an unfinished character are held back, and nothing else: a word appears with its last token, not with the next
-word's. tokenizer needs `decode_bytes(ids, skip_special_tokens=)`, as the project's own has.
+If generate() raises, fail(error) closes instead: who reads from another thread gets the error, and does not wait.
+
+An incomplete UTF-8 sequence is held back, and nothing else: a word appears with its last token, not with the next
+word's. That is the tokenizer's work: it needs `stream_decoder(skip_special_tokens=)`, as the project's own has.
 """
 
 import asyncio
-import codecs
+import functools
 import queue
+import sys
+
+from model.terminal import shown
+
+
+def tells_streamer(generate):
+    """Lets a streamer know of what generate(..., streamer=) raises."""
+
+    @functools.wraps(generate)
+    def telling(*args, streamer=None, **kwargs):
+        try:
+            return generate(*args, streamer=streamer, **kwargs)
+        except BaseException as error:
+            if hasattr(streamer, "fail"):
+                streamer.fail(error)
+            elif hasattr(streamer, "end"):  # somebody else's, whose reader would wait
+                streamer.end()
+            raise
+
+    return telling
 
 
 class TextStreamer:
-    """Prints the text as it is generated."""
+    """Prints the text as it is generated; on a terminal, characters that would steer it are escaped."""
 
     def __init__(self, tokenizer, skip_prompt=False, skip_special_tokens=False):
+        if not hasattr(tokenizer, "stream_decoder"):
+            raise TypeError(
+                f"{type(self).__name__}: tokenizer is {type(tokenizer).__name__}; "
+                "it must have stream_decoder(skip_special_tokens=), as tokenizer.GPT2Tokenizer has"
+            )
         self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.skip_special_tokens = skip_special_tokens
@@ -20,29 +47,36 @@ class TextStreamer:
 
     def put(self, ids):
         """ids: a tensor of token ids of one row."""
-        ids = ids.flatten().tolist()
         is_prompt, self._expects_prompt = self._expects_prompt, False
         if is_prompt and self.skip_prompt:
             return
-        text = self._utf8.decode(self.tokenizer.decode_bytes(ids, skip_special_tokens=self.skip_special_tokens))
+        text = self._decoder.push(ids.flatten().tolist())
         if text:
             self.on_text(text)
 
     def end(self):
-        text = self._utf8.decode(b"", final=True)  # a character that never came to its end, as U+FFFD
+        text = self._decoder.finish()  # an incomplete character, as U+FFFD
         self._restart()
         if text:
             self.on_text(text)
         self.on_end()
 
+    def fail(self, error):
+        """generate() has raised `error`: what is held back is dropped, and the streamer may be used again."""
+        self._restart()
+        self.on_error(error)
+
     def on_text(self, text):
-        print(text, end="", flush=True)
+        print(shown(text, sys.stdout), end="", flush=True)
 
     def on_end(self):
         print(flush=True)
 
+    def on_error(self, error):
+        """The caller of generate(), who also reads here, sees the error itself."""
+
     def _restart(self):
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = self.tokenizer.stream_decoder(skip_special_tokens=self.skip_special_tokens)
         self._expects_prompt = True
 
 
@@ -63,11 +97,16 @@ class TextIteratorStreamer(TextStreamer):
     def on_end(self):
         self._pieces.put(None)
 
+    def on_error(self, error):
+        self._pieces.put(error)
+
     def __iter__(self):
         return self
 
     def __next__(self):
         piece = self._pieces.get(timeout=self.timeout)
+        if isinstance(piece, BaseException):
+            raise piece
         if piece is None:
             raise StopIteration
         return piece
@@ -91,11 +130,16 @@ class AsyncTextIteratorStreamer(TextStreamer):
     def on_end(self):
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, None)
 
+    def on_error(self, error):
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, error)
+
     def __aiter__(self):
         return self
 
     async def __anext__(self):
         piece = await asyncio.wait_for(self._pieces.get(), self.timeout)
+        if isinstance(piece, BaseException):
+            raise piece
         if piece is None:
             raise StopAsyncIteration
         return piece

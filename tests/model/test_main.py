@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from model import GPT2, GPT2Config
 from model.__main__ import INTERRUPTED, main
+from model.terminal import shown_json
 from tokenizer import GPT2Tokenizer
 
 LAST_LINE = re.compile(
@@ -113,6 +117,9 @@ def test_random_weights_need_no_checkpoint(capsys):
         (["--dtype", "int3"], "argument --dtype: invalid choice"),
         (["--max-new-tokens", "100"], "n_positions is 64"),
         (["--temperature", "0"], "temperature is 0.0"),
+        (["--device", "x"], "--device x: "),
+        (["--device", "meta"], "--device meta: "),
+        (["--device", "cuda:99"], "--device cuda:99: "),
         (["--batch-file", "no-such-file"], "both a prompt and --batch-file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -124,4 +131,69 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, directory, capsy
     except SystemExit as stop:  # argparse's own
         status = stop.code
     assert status == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1 or said.startswith("usage: ")
+
+
+def test_only_newlines_end_a_prompt_of_a_batch_file(directory, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\u2028two\fthree\x85four\r\n\n  \nfive\n".encode())
+    out, _ = said(capsys, "--batch-file", str(file), "--model", directory, "--max-new-tokens", "1", "--json")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["one\u2028two\fthree\x85four", "five"]
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked_for(directory, capsys):
+    options = ("a<|endoftext|>", "--model", directory, "--max-new-tokens", "1", "--greedy")
+    assert "[8 + 1 tokens" in said(capsys, *options).err
+    assert "[2 + 1 tokens" in said(capsys, *options, "--special").err
+
+
+def test_json_ends_behind_any_of_several_eos_ids(directory, tmp_path, capsys):
+    model = GPT2.from_pretrained(directory)
+    first = model.generate([[15496]], max_new_tokens=8, eos_token_id=[])[0].tolist()
+    model.config.eos_token_id = [50256, first[3]]
+    model.save_pretrained(tmp_path / "several")
+    (tmp_path / "prompts").write_text("Hello\nGoodbye")
+    out, _ = said(
+        capsys, "--batch-file", str(tmp_path / "prompts"), "--model", str(tmp_path / "several"), "--greedy",
+        "--max-new-tokens", "8", "--json",
+    )  # fmt: skip
+    ids = json.loads(out.splitlines()[0])["ids"]
+    assert ids == first[1 : 1 + first[1:].index(first[3]) + 1]
+
+
+def test_offline_it_says_at_once_what_needs_no_network(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    err = said(capsys, "Hello", "--model", "gpt2", status=2).err
+    assert "the Hub cannot be reached" in err
+    assert "--random-weights needs no checkpoint" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_a_reader_that_leaves_ends_it_quietly(options, directory):
+    command = [sys.executable, "-m", "model", "Hello", "--model", directory, "--max-new-tokens", "20", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `| head -c1` does
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+
+
+def test_an_output_without_the_characters_gets_them_escaped(directory):
+    command = [sys.executable, "-m", "model", "né", "--model", directory, "--max-new-tokens", "2", "--greedy"]
+    for options in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, *options], capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+        )
+        assert json.loads(done.stdout)["prompt"] == "né" if options else done.stdout.startswith(b"n\\xe9")
+
+
+def test_json_on_a_terminal_is_the_same_json_without_what_steers_it(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    line = shown_json({"text": "a\x9b\u202e\x1b\x7fé"}, sys.stdout)
+    assert json.loads(line) == {"text": "a\x9b\u202e\x1b\x7fé"}
+    assert line.isprintable()

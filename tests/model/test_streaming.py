@@ -10,6 +10,7 @@ from peers import TALKATIVE, spread, tiny_config
 
 from model import GPT2
 from model.generation.streaming import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
+from tokenizer import StreamDecoder
 
 TEXT = "naïve 世界 🙂!"
 
@@ -17,8 +18,14 @@ TEXT = "naïve 世界 🙂!"
 class Bytes:
     """A tokenizer with a token for each byte; 0 is special."""
 
+    def stream_decoder(self, skip_special_tokens=False):
+        return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+
     def decode_bytes(self, ids, skip_special_tokens=False):
         return bytes(i for i in ids if i or not skip_special_tokens)
+
+    def _known_bytes(self, ids, skip_special_tokens, function):
+        return self.decode_bytes(ids, skip_special_tokens)
 
 
 def feed(streamer, *pieces):
@@ -105,3 +112,76 @@ def test_the_async_iterator_reads_in_the_event_loop(model):
 
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(wait())
+
+
+def wrong(*_):
+    raise RuntimeError("a criterion's own")
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0, "do_sample": True}, {"stopping_criteria": [wrong]}, {"x": 1}]
+)
+def test_who_reads_gets_what_generate_raises_and_does_not_wait(model, options):
+    streamer = TextIteratorStreamer(Bytes(), timeout=60)
+    raised = []
+
+    def work():
+        try:
+            model.generate([[65]], streamer=streamer, max_new_tokens=9, **options)
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as seen:
+        list(streamer)
+    thread.join()
+    assert seen.value is raised[0]
+
+
+def test_who_reads_in_the_event_loop_gets_it_too(model):
+    async def read():
+        streamer = AsyncTextIteratorStreamer(Bytes(), timeout=60)
+        task = asyncio.create_task(asyncio.to_thread(model.generate, [[65]], streamer=streamer, max_new_tokens=-1))
+        try:
+            with pytest.raises(ValueError, match="max_new_tokens"):
+                [piece async for piece in streamer]
+        finally:
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(read())
+
+
+def test_somebody_elses_streamer_is_ended(model):
+    class Theirs:
+        ended = 0
+
+        def end(self):
+            self.ended += 1
+
+    theirs = Theirs()
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate([[65]], streamer=theirs, max_new_tokens=-1)
+    assert theirs.ended == 1
+
+
+def test_half_a_character_does_not_outlive_an_error(model):
+    streamer = Collected(Bytes())
+    streamer.put(torch.tensor(list("世".encode()[:2])))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate([[65]], streamer=streamer, max_new_tokens=-1)
+    feed(streamer, b"a")
+    assert streamer.pieces == ["a"]
+
+
+def test_a_tokenizer_that_cannot_stream_is_refused():
+    with pytest.raises(TypeError, match=r"TextIteratorStreamer: tokenizer is object; it must have stream_decoder"):
+        TextIteratorStreamer(object())
+
+
+def test_a_terminal_is_not_steered_and_a_pipe_gets_the_text(capsys, monkeypatch):
+    feed(TextStreamer(Bytes()), b"a\x1b", b"[2Jb\r\n\tc", "\x9b\u202e".encode())
+    assert capsys.readouterr().out == "a\x1b[2Jb\r\n\tc\x9b\u202e\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    feed(TextStreamer(Bytes()), b"a\x1b", b"[2Jb\r\n\tc", "\x9b\u202e".encode())
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\r\n\tc\\x9b\\u202e\n"

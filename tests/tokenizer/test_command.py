@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -24,6 +26,7 @@ def test_json_of_a_file(capsys, tmp_path):
     assert shown["text"] == "é\r\n"
     assert shown["ids"] == [2634, 201, 198]
     assert [token["bytes"] for token in shown["tokens"]] == ["c3 a9", "0d", "0a"]
+    assert shown["counts"] == {"characters": 3, "bytes": 4, "tokens": 3}
 
 
 def test_standard_input_and_colour(capsys, monkeypatch):
@@ -53,3 +56,30 @@ def test_a_text_and_a_file_are_one_too_many(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["a", "--file", "b"])
     assert "one is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["table", "json"])
+def test_an_output_without_the_characters_gets_them_escaped(as_json):
+    command = [sys.executable, "-m", "tokenizer", "é ", *(["--json"] if as_json else [])]
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.stderr == b""
+    assert json.loads(done.stdout)["text"] == "é " if as_json else b"\\xe9" in done.stdout
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenizer", "a b"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+
+
+def test_a_terminal_is_not_steered(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["a\x1b]0;title\x07\x9b\x7f", "--color", "never"]) == 0
+    assert main(["a\x1b]0;title\x07\x9b\x7f", "--json"]) == 0
+    assert main(["a", "--vocabulary", "./\x1b[2J"]) == 2
+    for said in capsys.readouterr():
+        assert said.replace("\n", "").isprintable()
