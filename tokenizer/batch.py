@@ -134,6 +134,8 @@ def texts_of(text, text_pair):
     if not isinstance(text, (list, tuple)):
         raise wrong
     if text_pair is None:
+        if set(map(type, text)) <= {str}:
+            return text, [None] * len(text), False
         firsts, seconds = [], []
         for item in text:
             pair = (item, None) if isinstance(item, str) else item

@@ -193,12 +193,12 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
 
     def encode_ordinary(self, text):
         """Ids (list[int]) of text; special and added tokens in it are text like any other."""
-        function = "GPT2Tokenizer.encode_ordinary"
-        checks.text(text, function)
+        if not isinstance(text, str):
+            checks.text(text, "GPT2Tokenizer.encode_ordinary")
         try:
-            return self._memo.encode(self._prefixed(text))
+            return self._memo.encode(self._prefixed(text) if self.__dict__["add_prefix_space"] else text)
         except UnicodeEncodeError:
-            return self._memo.encode(self._prefixed(checks.paired_surrogates(text, function)))
+            return self._memo.encode(self._prefixed(checks.paired_surrogates(text, "GPT2Tokenizer.encode_ordinary")))
 
     def encode(
         self,
@@ -222,12 +222,13 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         function = "GPT2Tokenizer.encode"
         checks.text(text, function)
         checks.flag(add_special_tokens, function, "add_special_tokens")
-        special = {"allowed_special": allowed_special, "disallowed_special": disallowed_special}
         if text_pair is None and not options:
-            return _joined(self._parts(text, function, **special))
+            special = self._special(allowed_special, disallowed_special, function)
+            return _joined(self._parts(text, function, *special))
         unknown = [name for name in options if name not in _ENCODE_OPTIONS]
         if unknown:
             raise TypeError(f"{function}: unexpected argument {unknown[0]!r}")
+        special = {"allowed_special": allowed_special, "disallowed_special": disallowed_special}
         return self(text, text_pair, **special, **options)["input_ids"]
 
     def encode_batch(self, text, **special):
@@ -290,14 +291,19 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
             padding_side=padding_side,
         )
         firsts, seconds, is_one = batch.texts_of(text, text_pair)
+        allowed, disallowed = self._special(allowed_special, disallowed_special, "GPT2Tokenizer")
 
         def part_of(text):
-            parts = self._parts(text, "GPT2Tokenizer", allowed_special, disallowed_special)
+            parts = self._parts(text, "GPT2Tokenizer", allowed, disallowed)
             offsets = self._offsets(parts) if return_offsets_mapping else None
             return batch.Part(_joined(parts), offsets)
 
         rows, samples = [], []
         for sample, (first, second) in enumerate(zip(firsts, seconds)):
+            if fit.truncation is None:
+                rows.append((part_of(first), None if second is None else part_of(second)))
+                samples.append(sample)
+                continue
             fitting = batch.truncated(part_of(first), None if second is None else part_of(second), fit)
             fitting = fitting if return_overflowing_tokens else fitting[:1]
             rows += fitting
@@ -351,14 +357,18 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         self._memo.clear()
 
     def _prefixed(self, text):
-        return f" {text}" if self.add_prefix_space and text and text[0] != " " else text
+        return f" {text}" if self.__dict__["add_prefix_space"] and text and text[0] != " " else text
 
-    def _parts(self, text, function, allowed_special=None, disallowed_special="all"):
+    def _special(self, allowed_special, disallowed_special, function):
+        """The special tokens that text may hold as such, and those that it may not hold."""
+        if allowed_special is None:
+            allowed_special = self.own_special_tokens
+        else:
+            checks.special(allowed_special, function, "allowed_special")
+        return allowed_special, checks.special(disallowed_special, function, "disallowed_special")
+
+    def _parts(self, text, function, allowed, disallowed):
         """[(ids, characters, whether a space was put in front or None for a token read whole), ...] of text."""
-        allowed = self.own_special_tokens
-        if allowed_special is not None:
-            allowed = checks.special(allowed_special, function, "allowed_special")
-        disallowed = checks.special(disallowed_special, function, "disallowed_special")
         try:
             return self._encoded_parts(partition(text, self.special_tokens, allowed, disallowed, function))
         except UnicodeEncodeError:
@@ -366,6 +376,9 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
             return self._encoded_parts(partition(text, self.special_tokens, allowed, disallowed, function))
 
     def _encoded_parts(self, pieces):
+        if len(pieces) == 1 and not self.added_tokens:
+            text = self._prefixed(pieces[0])
+            return [(self._memo.encode(text), len(pieces[0]), text is not pieces[0])]
         parts = []
         for i, piece in enumerate(pieces):
             if i % 2:
