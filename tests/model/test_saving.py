@@ -173,7 +173,6 @@ def test_savers_that_are_killed_leave_whole_checkpoints(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 2, "no round got as far as a save"
 
 
 def test_two_savers_and_a_reader_at_once(tmp_path):
