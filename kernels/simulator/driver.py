@@ -1,6 +1,7 @@
 """A Triton driver whose device is the simulator, and `simulate`, which installs it for a while."""
 
 import os
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ class Simulation:
         self.launches.append(launch)
 
 
-_simulations = []  # those entered and not yet left; the last one is in charge
+_simulations = []  # those entered and not yet left, all by one thread; the last one is in charge
+_thread, _entering = None, threading.Lock()  # Triton has one driver for the process, so only one thread simulates
 _files = {}  # what was compiled, by the kernel's hash: {".ptx": bytes, ".cubin": bytes}
 
 
@@ -117,6 +119,8 @@ class _Launcher:
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
         if not _simulations:
             raise SimulatorError(f"{self._metadata.name}: compiled for a simulated chip; launch it inside `simulate`")
+        if _thread != threading.get_ident():
+            raise SimulatorError(f"{self._metadata.name}: launched by a thread that did not enter `simulate`")
         if getattr(self._metadata, "global_scratch_size", 0):
             raise Unimplemented(f"{self._metadata.name}: kernels with global scratch memory (device-side descriptors)")
         if self._loaded is None:
@@ -239,23 +243,31 @@ def simulate(arch, *, seed=None, transform=None):
     random order that it determines. transform: a function from PTX to PTX, applied before a kernel runs (for tests that
     plant faults).
 
-    Raises SimulatorError for an unknown arch and under TRITON_INTERPRET=1. What a kernel does wrong is raised where it
-    is launched, as a subclass of KernelError; the tensors are then as before the launch. The previous driver comes back
-    on leaving, whatever happened.
+    Raises SimulatorError for an unknown arch, under TRITON_INTERPRET=1, and while another thread is inside; another
+    thread's launches raise it as well. What a kernel does wrong is raised where it is launched, as a subclass of
+    KernelError; the tensors are then as before the launch. The previous driver comes back on leaving.
     """
     if arch not in CHIPS:
         raise SimulatorError(f"simulate: no chip {arch!r}; one of {', '.join(CHIPS)} is required")
     if knobs.runtime.interpret or os.environ.get("TRITON_INTERPRET") == "1":
         raise SimulatorError("simulate: TRITON_INTERPRET=1 is set, so kernels are interpreted, not compiled; unset it")
-    previous = triton_driver._active
-    simulation = Simulation(arch, seed, transform)
-    _simulations.append(simulation)
-    knobs.runtime.kernel_load_start_hook.add(_keep_files)
-    triton_driver.set_active(SimulatorDriver(arch))
+    global _thread
+    with _entering:
+        if _simulations and _thread != threading.get_ident():
+            raise SimulatorError(
+                "simulate: another thread is inside; Triton has one driver, so let one thread simulate"
+            )
+        _thread = threading.get_ident()
+        previous = triton_driver._active
+        simulation = Simulation(arch, seed, transform)
+        _simulations.append(simulation)
+        knobs.runtime.kernel_load_start_hook.add(_keep_files)
+        triton_driver.set_active(SimulatorDriver(arch))
     try:
         yield simulation
     finally:
-        triton_driver.set_active(previous)
-        _simulations.remove(simulation)
-        if not _simulations:
-            knobs.runtime.kernel_load_start_hook.remove(_keep_files)
+        with _entering:
+            triton_driver.set_active(previous)
+            _simulations.remove(simulation)
+            if not _simulations:
+                knobs.runtime.kernel_load_start_hook.remove(_keep_files)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,3 +152,22 @@ def test_a_kernel_has_its_registers(arch):
 def test_a_table_of_the_module_is_named_for_what_it_is():
     with simulate("sm_90"), pytest.raises(Unimplemented, match=r"table in the module's own memory.*tl\.sin"):
         _sine[(1,)](torch.zeros(32))
+
+
+def test_one_thread_simulates_at_a_time():
+    def enter():
+        with simulate("sm_80"):
+            return copied()
+
+    before = driver._active
+    with ThreadPoolExecutor(1) as other:
+        with simulate("sm_90") as gpu:
+            with pytest.raises(SimulatorError, match="another thread is inside"):
+                other.submit(enter).result()
+            with pytest.raises(SimulatorError, match="copy: launched by a thread that did not enter `simulate`"):
+                other.submit(copied).result()
+            assert copied()
+            assert len(gpu.launches) == 1
+        assert driver._active is before
+        assert other.submit(enter).result()
+    assert driver._active is before
