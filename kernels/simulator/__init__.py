@@ -10,6 +10,7 @@ from .driver import CHIPS, simulate
 from .errors import (
     AsyncHazard,
     BarrierDeadlock,
+    GlobalMemoryRace,
     KernelError,
     Misaligned,
     OutOfBounds,
@@ -22,6 +23,7 @@ __all__ = [
     "CHIPS",
     "AsyncHazard",
     "BarrierDeadlock",
+    "GlobalMemoryRace",
     "KernelError",
     "Misaligned",
     "OutOfBounds",

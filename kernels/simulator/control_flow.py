@@ -45,6 +45,32 @@ def read(inst):
     return registers | (registers_in(inst.predicate) if inst.predicate else frozenset())
 
 
+def pointers_of(kernel):
+    """A function (address operand) -> names of the parameters that the address may be computed from.
+
+    Followed through 64-bit registers, whatever the order of the instructions; what is loaded from memory comes from no
+    parameter.
+    """
+    wide = [register.type in ("b64", "u64", "s64") for register in kernel.registers]
+    names, steps = [frozenset()] * len(wide), []
+    for inst in kernel.instructions:
+        targets = [r for r in written(inst) if wide[r]]
+        if targets and inst.opcode == "ld" and inst.has("param"):
+            for r in targets:
+                names[r] |= {inst.operands[1].base.name}
+        elif targets and inst.opcode not in ("ld", "atom"):
+            steps.append((targets, [r for r in read(inst) if wide[r]]))
+    changed = True
+    while changed:
+        changed = False
+        for targets, sources in steps:
+            seen = frozenset().union(*(names[r] for r in sources))
+            for r in targets:
+                if not seen <= names[r]:
+                    names[r], changed = names[r] | seen, True
+    return lambda operand: frozenset().union(*(names[r] for r in registers_in(operand)))
+
+
 def stretch_ends(kernel):
     """For each instruction, the index after the straight-line stretch that it stands in."""
     starts = {inst.target for inst in kernel.instructions if inst.opcode == "bra"}

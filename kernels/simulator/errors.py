@@ -44,6 +44,10 @@ class SharedMemoryRace(KernelError):
     """Two warps touch the same shared memory, one of them writing, with no barrier between."""
 
 
+class GlobalMemoryRace(KernelError):
+    """Two warps touch the same global memory, one of them with an ordinary store, and nothing orders the two."""
+
+
 class BarrierDeadlock(KernelError):
     """Threads wait at a barrier that the others of their block never reach."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from .control_flow import indices, live_registers, stretch_ends
 from .counters import Counters
 from .errors import BarrierDeadlock, KernelError
+from .global_races import GlobalRaces, global_accesses, granule_of
 from .instructions import decode
 from .memory import SharedMemory
 from .patterns import Patterns
@@ -33,6 +34,7 @@ class Program:
         self.stretch_end = stretch_ends(kernel)
         self._live, self._live_at = live_registers(kernel), {}
         self.types = [TYPES[register.type] for register in kernel.registers]
+        self.global_accesses, self.global_granule = global_accesses(kernel), granule_of(kernel)
         self.granule = min([16] + [size for inst in kernel.instructions if (size := _shared_access(inst))])
 
     def live(self, pc):
@@ -75,6 +77,7 @@ class Launch:
         self.counters = Counters(program.kernel)
 
     def run(self):
+        self.global_races = GlobalRaces(self)
         x, y, z = self.grid
         order = np.arange(x * y * z)
         if self.schedule is not None:
@@ -83,6 +86,7 @@ class Launch:
         with np.errstate(all="ignore"):
             for start in range(0, len(order), per_batch):
                 _Batch(self, order[start : start + per_batch]).run()
+        self.global_races = None
         return self
 
 
@@ -90,7 +94,7 @@ class _Batch:
     """Blocks that run at the same time: their shared memory, barriers and teams."""
 
     def __init__(self, launch, block_ids):
-        self.launch, self.program = launch, launch.program
+        self.launch, self.program, self.block_ids = launch, launch.program, block_ids
         x, y, _ = launch.grid
         self.coordinates = np.stack([block_ids % x, block_ids // x % y, block_ids // (x * y)], 1).astype(np.uint32)
         blocks, warps = len(block_ids), launch.num_warps
@@ -141,6 +145,7 @@ class _Batch:
             self.arrived[full, barrier] = 0
             self.generation[full, barrier] += 1
             self.races.barrier(full)
+            self.launch.global_races.barrier(self.block_ids[full])
         return blocks, barrier, target
 
     def meet(self, team):

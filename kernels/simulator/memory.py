@@ -59,6 +59,12 @@ class GlobalMemory:
         for storage, begin in self._storages:
             _host_bytes(storage)[:] = self.bytes[begin : begin + storage.nbytes()]
 
+    def storage_of(self, address):
+        """The number of the storage that the address lies in, None outside all."""
+        offset = address - self.BASE
+        at = int(np.searchsorted(self.begin, offset, "right")) - 1
+        return at if at >= 0 and offset < self.end[at] else None
+
     def locate(self, team, addresses, size, threads=None, alignment=None):
         """Byte offsets of the accesses `addresses` (uint64, one per active thread), each checked. Raises KernelError.
 
@@ -71,7 +77,7 @@ class GlobalMemory:
             if np.count_nonzero(odd):
                 at = int(np.flatnonzero(odd)[0])
                 raise team.fault(
-                    Misaligned, f"misaligned {alignment}-byte access to global memory at {self._describe(offsets[at])}",
+                    Misaligned, f"misaligned {alignment}-byte access to global memory at {self.describe(offsets[at])}",
                     at, threads, address=int(addresses[at]), tensor=self._nearest(offsets[at])[0],
                 )  # fmt: skip
         first, last = int(offsets.min()), int(offsets.max()) + size
@@ -82,7 +88,7 @@ class GlobalMemory:
             if bad.any():
                 at = int(np.flatnonzero(bad)[0])
                 raise team.fault(
-                    OutOfBounds, f"out-of-bounds {size}-byte access to global memory at {self._describe(offsets[at])}"
+                    OutOfBounds, f"out-of-bounds {size}-byte access to global memory at {self.describe(offsets[at])}"
                     f", {int(bad.sum())} threads in all",
                     at, threads, address=int(addresses[at]), tensor=self._nearest(offsets[at])[0],
                 )  # fmt: skip
@@ -96,7 +102,8 @@ class GlobalMemory:
         i = int(gap.argmin())
         return self.names[i], int(offset - self.begin[i]), int(offset - self.end[i])
 
-    def _describe(self, offset):
+    def describe(self, offset):
+        """An offset in words: its address, and where in which tensor it lies."""
         name, after_begin, after_end = self._nearest(offset)
         address = f"{int(offset) + self.BASE:#x}"
         if name is None:

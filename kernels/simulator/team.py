@@ -51,6 +51,10 @@ class Team:
         return self.batch.races
 
     @property
+    def global_races(self):
+        return self.batch.launch.global_races
+
+    @property
     def counters(self):
         return self.batch.launch.counters
 

@@ -85,6 +85,7 @@ def _issue(inst, kernel):
             begin = team.memory.locate(team, addresses[some], int(length), threads[some], alignment=size)
             data[some, :length] = team.memory.load(begin, 1, size)[:, :length]
             team.counters.read(team, inst, begin, int(length), threads[some])
+            team.global_races.read_by(team, inst, begin, size, threads[some])
         team.races.begin_copy(team, inst, offsets, size, threads)
         team.shared.store(offsets, np.full((len(threads), size), POISON, np.uint8), 1, size)
         team.open_copies.append(Copy(inst, threads, offsets, data))

@@ -1,7 +1,8 @@
 """atom and red: read-modify-write of global and shared memory.
 
 Threads take their turns in the order of their blocks and numbers; another order is as right, and a float sum may then
-differ in its last bits. Scopes and memory orders (.gpu, .acq_rel, ...) change nothing: here every access is in order.
+differ in its last bits. Scopes and memory orders (.gpu, .acq_rel, ...) change no value, as every access is in order
+here: they tell global_races.py what is ordered.
 """
 
 import numpy as np
@@ -66,6 +67,7 @@ def atom(inst, kernel):
             team.counters.shared(team.pattern(addresses, size * count, threads))
         else:
             team.counters.atomic(team, inst, offsets, size * count, threads)
+            team.global_races.atomic_by(team, inst, offsets, size * count, threads)
         values = [
             np.stack([np.broadcast_to(get(team), team.size)[threads] for get in group], 1).view(element)
             for group in read

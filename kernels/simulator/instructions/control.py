@@ -79,12 +79,14 @@ def bar(inst, kernel):
 
 @instruction("fence", "membar")
 def fence(inst, kernel):
-    """Orders memory. Only fence.proxy.async has an effect here: it shows ordinary writes to asynchronous readers."""
+    """fence.proxy.async shows ordinary writes to asynchronous readers; the others order global memory."""
     if inst.modifiers[:2] == ("proxy", "async"):
         return lambda team: team.races.proxy_fence(team)
     if inst.modifiers[0] == "proxy":
         raise unknown(inst)
-    return lambda team: None
+    if inst.has("cta"):
+        return lambda team: None
+    return lambda team: team.global_races.fence(team)
 
 
 @instruction("nanosleep", "prefetch", "griddepcontrol", "setmaxnreg", "discard", "applypriority", "brkpt")

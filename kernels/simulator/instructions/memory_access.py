@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..errors import Unimplemented
+from ..global_races import STRONG
 from ..operands import reader, writer
 from ..ptx import TYPES, Address, Immediate, Symbol, Vector
 from .registry import guard_of, instruction, unknown
@@ -50,6 +51,7 @@ def ld(inst, kernel):
     where = address_reader(inst.operands[1], "u32" if space == "shared" else "u64", kernel)
     write, guard = [writer(t, inst.type) for t in targets], guard_of(inst, kernel)
     dtype = TYPES[inst.type]
+    strong = inst.has(*STRONG)
 
     def execute(team):
         mask = guard(team)
@@ -67,6 +69,8 @@ def ld(inst, kernel):
             team.counters.shared(pattern)
         else:
             team.counters.read(team, inst, offsets, size * count, threads)
+            look = team.global_races.atomic_by if strong else team.global_races.read_by
+            look(team, inst, offsets, size * count, threads)
         rows = memory.load(offsets, size, count)
         for k, put in enumerate(write):
             column = np.ascontiguousarray(rows[:, k]).view(dtype)
@@ -106,7 +110,7 @@ def st(inst, kernel):
     count, raw = len(sources), f"b{8 * size}"
     where = address_reader(inst.operands[0], "u32" if space == "shared" else "u64", kernel)
     read, guard = [reader(s, raw, kernel) for s in sources], guard_of(inst, kernel)
-    dtype = TYPES[raw]
+    dtype, strong = TYPES[raw], inst.has(*STRONG)
 
     def execute(team):
         threads = active(guard(team))
@@ -124,6 +128,10 @@ def st(inst, kernel):
             team.counters.shared(team.pattern(addresses, size * count, threads))
         else:
             team.counters.wrote(team, inst, offsets, size * count, threads)
+            if strong:
+                team.global_races.atomic_by(team, inst, offsets, size * count, threads)
+            else:
+                team.global_races.written_by(team, inst, offsets, size * count, threads, values.view(np.uint8))
         memory.store(offsets, values, size, count)
 
     return execute
