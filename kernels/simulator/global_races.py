@@ -13,8 +13,6 @@ nor with loads; an ordinary store races with them. The order in which batches of
 Who: a warp's number in the grid, or, from `total` on, a block's number plus `total`: several warps of that block.
 """
 
-from collections import defaultdict
-
 import numpy as np
 
 from .control_flow import pointers_of
@@ -80,7 +78,7 @@ class GlobalRaces:
         self._known = {}
         self._released = {}  # location -> what whoever acquires it comes to know
         self._at_fence = {}  # warp -> what it knew at its last fence, which its relaxed atomics release
-        self._relaxed = defaultdict(list)  # warp -> what its relaxed atomics saw, which its next fence acquires
+        self._relaxed = {}  # warp -> what its relaxed atomics heard, which its next fence acquires
 
     def _watch(self, launch, reads, stores):
         """The instructions that read a storage which an ordinary store may write."""
@@ -101,17 +99,18 @@ class GlobalRaces:
         if inst.index in self._watched and self._has_stores:
             me = self._who(team, threads)
             self._check_written(team, "reads", me, offsets, size, threads)
-            self._stamp_reads(inst, me, offsets, size)
+            self._stamp_reads(self._keys(inst, me), me, offsets, size)
 
     def atomic_by(self, team, inst, offsets, size, threads):
         """Threads read, write or both, atomically; by its memory order the instruction also acquires and releases."""
         if not self._has_stores:
             return
         me = self._who(team, threads)
+        keys = self._keys(inst, me)  # a release tells of its own access too, so the clock is read before
         self._synchronise(inst, me, offsets)
         if inst.index in self._watched:
             self._check_written(team, "reads" if inst.opcode == "ld" else "updates", me, offsets, size, threads)
-            self._stamp_reads(inst, me, offsets, size)
+            self._stamp_reads(keys, me, offsets, size)
 
     def written_by(self, team, inst, offsets, size, threads=None, values=None):
         """Threads write `values` (uint8, a row per access): raises GlobalMemoryRace where another access is not
@@ -148,8 +147,9 @@ class GlobalRaces:
             return
         active = slice(None) if team.mask is None else team.mask.reshape(-1, 32).any(1)
         for warp in (team.batch.block_ids[team.block] * self._warps + team.warp)[active].tolist():
-            for seen in self._relaxed.pop(warp, ()):
-                self._acquire(warp, seen)
+            seen = self._relaxed.pop(warp, None)
+            if seen is not None:
+                _learn(self._known, warp, seen)
             self._at_fence[warp] = self._release(warp)
 
     # Order
@@ -197,10 +197,6 @@ class GlobalRaces:
                 result[mine] = np.concatenate([known, by_block])[who[mine]] > clock[mine]
         return result
 
-    def _acquire(self, warp, seen):
-        known = self._known.get(warp)
-        self._known[warp] = seen if known is None else np.maximum(known, seen)
-
     def _before(self, warp):
         """Per warp of the grid, the clock before which what it did comes before what `warp` does now."""
         known = self._known.get(warp)
@@ -218,10 +214,11 @@ class GlobalRaces:
         return known
 
     def _synchronise(self, inst, me, offsets):
-        sees, tells = inst.opcode not in ("st", "red"), inst.opcode != "ld"
+        """Access by access: what its warp hears at the location, and what it leaves there for others."""
         acquires, releases = inst.has("acquire", "acq_rel"), inst.has("release", "acq_rel")
-        if not acquires and not releases and not self._at_fence:
+        if not (acquires or releases or self._at_fence or self._released):
             return
+        hears, tells = inst.opcode not in ("st", "red"), inst.opcode != "ld"
         locations = offsets.tolist()
         if len(locations) > _MOST_LOCATIONS:
             locations = [self._memory.storage_of(self._memory.BASE + offset) for offset in locations]
@@ -229,19 +226,15 @@ class GlobalRaces:
             locations = list(zip(locations, (me // self._warps).tolist()))
         for warp, location in dict.fromkeys(zip(me.tolist(), locations)):
             seen = self._released.get(location)
-            if seen is not None and sees:
-                if acquires:
-                    self._acquire(warp, seen)
-                else:
-                    self._relaxed[warp] = [*self._relaxed[warp][-7:], seen]
+            if hears and seen is not None:
+                _learn(self._known if acquires else self._relaxed, warp, seen)
             told = self._release(warp) if releases else self._at_fence.get(warp)
-            if told is not None and tells:
-                self._released[location] = told if seen is None else np.maximum(seen, told)
+            if tells and told is not None:
+                _learn(self._released, location, told)
 
     # Readers
 
-    def _stamp_reads(self, inst, me, offsets, size):
-        keys = self._keys(inst, me)
+    def _stamp_reads(self, keys, me, offsets, size):
         read, rows = self._cells(self._read, offsets, size)
         last = read[rows]
         apart = (last == _CROWD) | self._unordered(me, _alone(last))
@@ -371,6 +364,11 @@ class _Crowd:
 
     def forget(self, cells):
         self._free += [self._row.pop(cell) for cell in set(cells.tolist())]
+
+
+def _learn(table, key, clocks):
+    """The table's entry, raised to these clocks. Entries are shared, so never written in place."""
+    table[key] = np.maximum(table[key], clocks) if key in table else clocks
 
 
 def _alone(stamps):

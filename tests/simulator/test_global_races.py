@@ -290,11 +290,11 @@ def first_race_by_definition(history):
             conflict = place == cell and "store" in (kind, other) and other not in ("barrier", "fence")
             if conflict and j not in before[i]:
                 return i
+        last[warp].add(i)
         if kind == "release":
             released[cell] |= last[warp]
         elif kind in ("acquire", "relaxed"):
             released[cell] |= fenced[warp]
-        last[warp].add(i)
     return None
 
 
@@ -330,7 +330,7 @@ def first_race_by_detector(history):
 
 def test_random_histories():
     rng, found = np.random.default_rng(0), []
-    for _ in range(1000):
+    for _ in range(500):
         history = random_history(rng)
         found.append(first_race_by_definition(history))
         assert first_race_by_detector(history) == found[-1], history
