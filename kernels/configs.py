@@ -163,15 +163,17 @@ class VocabularyConfig:
         return self.LANES // 32
 
 
-def vocabulary_config(V, *rows):
+def vocabulary_config(V, softcap, *rows):
     """The tile for rows of V logits, as wide as it may be loaded: 16 bytes where every row of every tensor is aligned.
 
-    It depends on V, the dtype and the alignment, not on the number of rows.
+    It depends on V, the dtype, the alignment and whether there is a softcap, whose tanh takes registers and leaves half
+    as many columns to a thread; not on the number of rows.
     """
     per_load = 16 // rows[0].element_size()
     aligned = all(x.stride(0) % per_load == 0 and x.data_ptr() % 16 == 0 for x in rows)
     LANES = min(256, max(32, triton.next_power_of_2(V) // 16))
-    return VocabularyConfig(2, LANES, per_load) if aligned else VocabularyConfig(2 * per_load, LANES, 1)
+    UNROLL = 1 if softcap else 2
+    return VocabularyConfig(UNROLL, LANES, per_load) if aligned else VocabularyConfig(UNROLL * per_load, LANES, 1)
 
 
 def heads_in_l2(bytes_per_head, heads):

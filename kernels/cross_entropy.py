@@ -316,7 +316,7 @@ def launch_rows(logits, target, class_weight, counts, options, losses, *, dloss=
         m, l = statistics or (None, None)
         sides = target, class_weight, _total_weight(class_weight), _or_none(counts), dloss
         strides = logits.stride(0), target.stride(0), 0 if dloss is None else dloss.stride(0)
-        config = vocabulary_config(V, logits)
+        config = vocabulary_config(V, options.softcap != 0.0, logits)
         _launch_forward_rows((logits, *sides, losses, m, l), M, V, config, strides, options, gradient)
 
 
@@ -334,8 +334,9 @@ def _launch_backward(dloss, counts, logits, target, class_weight, m, l, options,
         sides = target, class_weight, _total_weight(class_weight)
         strides = dloss.stride(0) if dloss.dim() else 0, logits.stride(0), target.stride(0), dlogits.stride(0)
         tensors = (dloss, _or_none(counts), logits, *sides, m, l, dlogits)
-        config = vocabulary_config(V, logits, dlogits)
-        _launch_backward_rows(tensors, M, V, config, strides, LossOptions(*options))
+        options = LossOptions(*options)
+        config = vocabulary_config(V, options.softcap != 0.0, logits, dlogits)
+        _launch_backward_rows(tensors, M, V, config, strides, options)
 
 
 def _forward(logits, target, class_weight, reduction, *options):

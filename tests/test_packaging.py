@@ -224,11 +224,16 @@ def test_an_editable_install_links_the_packages_and_copies_none(built, tmp_path,
     with zipfile.ZipFile(wheel) as archive:
         assert all(name.startswith(("__editable__", "gpt2_triton-")) for name in archive.namelist())
         archive.extractall(tmp_path / "site")
-    # -S: whatever links this environment has, perhaps to ROOT, are not followed.
+    # Everything installed here but our own packages: where the environment has links to ROOT, they would come first.
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if path.name not in MAY_IMPORT and not path.name.startswith("__editable__"):
+            (installed / path.name).symlink_to(path)
     code = f"""
 import site, sys
 sys.path[:0] = sys.argv[1:]
-sys.path.append({sysconfig.get_paths()["purelib"]!r})
+sys.path.append({str(installed)!r})
 site.addsitedir({str(tmp_path / "site")!r})
 import model
 print(model.__file__)
