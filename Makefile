@@ -10,10 +10,11 @@ WORKERS ?= 2
 sweep: $(INSTALLED)
 	$(BIN)/python bench/attention_sweep.py $(ARGS)
 
-# Triton's interpreter is chosen when kernels are imported, so its lane is a process of its own.
+# Triton's interpreter is chosen when kernels are imported, so its lane is a process of its own. A test that hangs fails.
+PYTEST := -m pytest -n $(WORKERS) -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
-	$(BIN)/python -m pytest -n $(WORKERS) -m interpret $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
+	$(BIN)/python $(PYTEST) -m interpret $(ARGS)
 
 # All that is worth knowing on a GPU, in nine minutes; and the same plan without one, in one and a half.
 gpu: $(INSTALLED)

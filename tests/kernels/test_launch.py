@@ -392,24 +392,23 @@ def test_launch_hooks_see_every_launch(x, y):
     assert seen[1:] == ["before"]
 
 
-def test_threads_launch_side_by_side(x):
+def test_threads_share_what_is_remembered(x):
     with simulate("sm_90"):
         expected = {M: gelu(x[:M]) for M in (1, 2, 3)}
-        launch.forget()
-        wrong = []
+    launch.forget()
+    lock, equal = threading.Lock(), []  # one thread simulates at a time
 
-        def work(M):
-            for _ in range(5):
-                if not torch.equal(gelu(x[:M]), expected[M]):
-                    wrong.append(M)
+    def work(M):
+        with lock, simulate("sm_90"):
+            equal.extend(torch.equal(gelu(x[:M]), expected[M]) for _ in range(5))
 
-        lock = threading.Lock()  # the simulator runs one launch at a time; what is remembered is shared
-        threads = [threading.Thread(target=lambda M=M: [lock.acquire(), work(M), lock.release()]) for M in expected]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
+    threads = [threading.Thread(target=work, args=(M,)) for M in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert equal == [True] * 15
+    assert len(gelu_file._launch_forward.known) == 3
 
 
 def test_tensors_on_several_devices_are_not_taken_as_one(through_triton):
