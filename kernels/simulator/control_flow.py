@@ -9,6 +9,11 @@ _NO_RESULT = {
     "st", "red", "bra", "bar", "barrier", "ret", "exit", "cp", "fence", "membar", "stmatrix", "nanosleep", "trap",
     "prefetch", "griddepcontrol", "setmaxnreg", "brkpt", "discard", "applypriority",
 }  # fmt: skip
+# What these make comes from memory or from other threads.
+_TALKS = {
+    "ld", "atom", "ldmatrix", "ldu", "shfl", "vote", "redux", "match", "elect", "activemask", "movmatrix", "mma", "wgmma",
+    "mbarrier", "bar", "barrier", "tex", "clusterlaunchcontrol",
+}  # fmt: skip
 # After these the team may wait, fork or hold registers that an asynchronous instruction uses.
 _ENDS_STRETCH = {"bra", "bar", "barrier", "ret", "exit", "trap", "wgmma"}
 
@@ -69,6 +74,91 @@ def pointers_of(kernel):
                 if not seen <= names[r]:
                     names[r], changed = names[r] | seen, True
     return lambda operand: frozenset().union(*(names[r] for r in registers_in(operand)))
+
+
+def only_stored(kernel, loads):
+    """{a load's index: the stores that its value goes to}, of those `loads` whose value goes nowhere else.
+
+    Such a value, unlike one that becomes an address, a predicate, shared memory or another warp's register, matters to
+    nobody unless its own thread executes the store.
+    """
+    result = {}
+    for index in loads:
+        load = kernel.instructions[index]
+        stores = _stores_fed(kernel, written(load)) if load.opcode == "ld" else None
+        if stores:  # a value that goes nowhere at all is left alone
+            result[index] = stores
+    return result
+
+
+def _stores_fed(kernel, registers):
+    """The stores that these registers' values flow into, or None where they also flow elsewhere."""
+    tainted, stores, before = set(registers), set(), -1
+    while before != len(tainted):
+        before = len(tainted)
+        for inst in kernel.instructions:
+            if tainted.isdisjoint(read(inst)):
+                continue
+            if inst.opcode == "st" and inst.has("global"):
+                if not tainted.isdisjoint(registers_in(inst.operands[0]) | registers_in(inst.predicate)):
+                    return None
+                stores.add(inst.index)
+                continue
+            # What a branch decides: all that is computed before its ways meet again.
+            decided = _until_join(kernel, inst) if inst.opcode == "bra" else [inst]
+            if not all(map(_computes, decided)):
+                return None
+            tainted.update(*map(written, decided))
+    return frozenset(stores)
+
+
+def _computes(inst):
+    """Does it nothing but make registers of registers of its own thread?"""
+    return bool(written(inst)) and inst.opcode not in _TALKS
+
+
+def _until_join(kernel, branch):
+    """The instructions but branches that may run between `branch` and where its ways meet again."""
+    after = _successors(kernel)
+    meets = _always_passed(kernel)[branch.index] & ~(1 << branch.index)
+    inside, waiting = set(), list(after[branch.index])
+    while waiting:
+        index = waiting.pop()
+        if index < len(after) and not meets >> index & 1 and index not in inside:
+            inside.add(index)
+            waiting += after[index]
+    return [inst for i in sorted(inside) if (inst := kernel.instructions[i]).opcode != "bra"]
+
+
+def _successors(kernel):
+    """For each instruction, the indices of those that may run right after it; past the last one where it ends."""
+    after = [[] for _ in kernel.instructions]
+    for index, sources in enumerate(predecessors(kernel)):
+        for source in sources:
+            after[source].append(index)
+    end = [len(after)]
+    return [
+        (end if inst.opcode in ("ret", "exit", "trap") else []) + (following or end)
+        for inst, following in zip(kernel.instructions, after)
+    ]
+
+
+def _always_passed(kernel):
+    """Post-dominators: for each instruction, as a bit set, what every way from it to the end passes, and itself."""
+    after = _successors(kernel)
+    everything = (1 << len(after) + 1) - 1
+    passed = [everything] * len(after) + [1 << len(after)]
+    changed = True
+    while changed:
+        changed = False
+        for index in reversed(range(len(after))):
+            common = everything
+            for following in after[index]:
+                common &= passed[following]
+            common |= 1 << index
+            changed |= common != passed[index]
+            passed[index] = common
+    return passed
 
 
 def stretch_ends(kernel):

@@ -10,12 +10,16 @@ An access leaves a stamp (clock, who, instruction) on the granules that it touch
 Otherwise the two race, whatever values they saw, and whatever order this run took. Atomics do not race with each other
 nor with loads; an ordinary store races with them. The order in which batches of blocks run orders nothing.
 
+All warps of a block execute `tl.store(p, tl.load(p) + 1)`, and one of them stores. What the others read goes nowhere,
+so a load whose value only goes to stores counts for the warps that execute such a store; the fault of another warp is
+kept until it does.
+
 Who: a warp's number in the grid, or, from `total` on, a block's number plus `total`: several warps of that block.
 """
 
 import numpy as np
 
-from .control_flow import pointers_of
+from .control_flow import only_stored, pointers_of
 from .errors import GlobalMemoryRace, Unimplemented
 from .ptx import TYPES, Vector
 
@@ -70,8 +74,12 @@ class GlobalRaces:
         self._watched = self._watch(launch, *program.global_accesses)
         granules = -(-len(self._memory.bytes) // self._granule)
         self._written = np.zeros(granules if self._has_stores else 0, np.int64)
-        self._read = np.zeros(granules if self._watched else 0, np.int64)
-        self._crowd = _Crowd(self._total, self._warps)
+        self._only_stored = only_stored(self._kernel, self._watched) if self._has_stores else {}
+        self._readers = _Readers(granules if self._watched else 0, self._total, self._warps)
+        self._idle_readers = _Readers(granules if self._only_stored else 0, self._total, self._warps)
+        self._their_stores = frozenset().union(*self._only_stored.values())
+        self._stored = set()  # (warp, store) of those stores, executed
+        self._kept = {}  # (warp, store) -> the fault if it is executed
         self._clock = np.ones(self._total, np.int64)
         self._barrier_clock = np.ones(blocks, np.int64)
         # What warps know of others: all that warp j did before its clock showed known[i][j] comes before what i does.
@@ -98,8 +106,9 @@ class GlobalRaces:
         """Threads read: raises GlobalMemoryRace where a store that does not come before wrote."""
         if inst.index in self._watched and self._has_stores:
             me = self._who(team, threads)
-            self._check_written(team, "reads", me, offsets, size, threads)
-            self._stamp_reads(self._keys(inst, me), me, offsets, size)
+            idle = inst.index in self._only_stored
+            self._check_written(team, inst, "reads", me, offsets, size, threads, idle=idle)
+            self._stamp_reads(self._idle_readers if idle else self._readers, self._keys(inst, me), me, offsets, size)
 
     def atomic_by(self, team, inst, offsets, size, threads):
         """Threads read, write or both, atomically; by its memory order the instruction also acquires and releases."""
@@ -109,17 +118,21 @@ class GlobalRaces:
         keys = self._keys(inst, me)  # a release tells of its own access too, so the clock is read before
         self._synchronise(inst, me, offsets)
         if inst.index in self._watched:
-            self._check_written(team, "reads" if inst.opcode == "ld" else "updates", me, offsets, size, threads)
-            self._stamp_reads(keys, me, offsets, size)
+            verb = "reads" if inst.opcode == "ld" else "updates"
+            self._check_written(team, inst, verb, me, offsets, size, threads)
+            self._stamp_reads(self._readers, keys, me, offsets, size)
 
     def written_by(self, team, inst, offsets, size, threads=None, values=None):
         """Threads write `values` (uint8, a row per access): raises GlobalMemoryRace where another access is not
         ordered. Warps of one block may write the same bytes: Triton does so where a layout holds copies.
         """
         me = self._who(team, threads)
-        self._check_written(team, "overwrites", me, offsets, size, threads, values)
-        if len(self._read):
-            self._check_read(team, me, offsets, size, threads)
+        if inst.index in self._their_stores:
+            self._store_values_of_loads(inst, me)
+        self._check_written(team, inst, "overwrites", me, offsets, size, threads, values)
+        for readers in (self._readers, self._idle_readers):
+            if len(readers.stamps):
+                self._check_read(team, inst, readers, me, offsets, size, threads)
         keys = self._keys(inst, me)
         written, rows = self._cells(self._written, offsets, size)
         written[rows] = keys
@@ -127,7 +140,7 @@ class GlobalRaces:
         clash = last != keys
         if np.count_nonzero(clash):
             clash &= ~(self._same_block(me, last) & _as_last(values, rows, clash.shape[1]))
-            self._report(team, clash, last, "writes", "writes too", threads, offsets)
+            self._report(team, inst, clash, last, "writes", "writes too", threads, offsets)
 
     def barrier(self, blocks):
         """All warps of these blocks (their numbers in the grid) have met."""
@@ -234,8 +247,8 @@ class GlobalRaces:
 
     # Readers
 
-    def _stamp_reads(self, keys, me, offsets, size):
-        read, rows = self._cells(self._read, offsets, size)
+    def _stamp_reads(self, readers, keys, me, offsets, size):
+        read, rows = self._cells(readers.stamps, offsets, size)
         last = read[rows]
         apart = (last == _CROWD) | self._unordered(me, _alone(last))
         read[rows] = keys
@@ -243,9 +256,9 @@ class GlobalRaces:
         if np.count_nonzero(apart):
             cells = rows[:, None] * read.shape[1] + np.arange(read.shape[1])
             shared = np.isin(cells, cells[apart])
-            self._gather(cells[shared], np.broadcast_to(keys, cells.shape)[shared], last[shared])
+            self._gather(readers, cells[shared], np.broadcast_to(keys, cells.shape)[shared], last[shared])
 
-    def _gather(self, cells, keys, last):
+    def _gather(self, readers, cells, keys, last):
         """Readers that nothing orders share a granule: several warps of a block, or a crowd of several blocks.
 
         One entry per reader and granule: its stamp, and the stamp that the granule bore before.
@@ -260,36 +273,56 @@ class GlobalRaces:
         first = np.minimum.reduceat(np.minimum(blocks, others)[order], begin)
         crowd = np.maximum.reduceat(np.maximum(blocks, others)[order], begin) != first
         crowd |= np.maximum.reduceat(last[order], begin) == _CROWD
+        if readers is self._idle_readers:  # which of a block's warps read decides
+            crowd[:] = True
         newest = np.maximum.reduceat(np.maximum(keys, earlier)[order], begin)
         several = newest & ~(_WHO << _WHO_SHIFT) | (first + self._total) << _WHO_SHIFT
-        self._read[cells[order][begin]] = np.where(crowd, _CROWD, several)
+        readers.stamps[cells[order][begin]] = np.where(crowd, _CROWD, several)
         members = order[np.repeat(crowd, np.diff(np.r_[begin, len(order)]))]
-        self._crowd.add(cells[members], keys[members])
+        readers.crowd.add(cells[members], keys[members])
         members = members[earlier[members] != 0]
-        self._crowd.add(cells[members], earlier[members])
+        readers.crowd.add(cells[members], earlier[members])
 
-    def _check_read(self, team, me, offsets, size, threads):
-        read, rows = self._cells(self._read, offsets, size)
+    def _check_read(self, team, inst, readers, me, offsets, size, threads):
+        read, rows = self._cells(readers.stamps, offsets, size)
         last = read[rows]
         if not np.count_nonzero(last):
             return
-        crowded = last == _CROWD
         alone = _alone(last)
-        self._report(team, self._unordered(me, alone), alone, "overwrites", "read", threads, offsets)
+        clash, idle = self._unordered(me, alone), readers is self._idle_readers
+        self._report(team, inst, clash, alone, "overwrites", "read", threads, offsets, idle=idle)
+        crowded = last == _CROWD
         if np.count_nonzero(crowded):
             at, column = np.nonzero(crowded)
             cells = rows[at] * read.shape[1] + column
-            clash, stamps = np.zeros(last.shape, bool), np.zeros(last.shape, np.int64)
-            for i, (i_at, i_column) in enumerate(zip(at, column)):
-                stamp = self._crowd.unordered(int(cells[i]), self._before(int(me[i_at])))
-                clash[i_at, i_column], stamps[i_at, i_column] = stamp != 0, stamp
-            self._report(team, clash, stamps, "overwrites", "read", threads, offsets)
-            self._crowd.forget(cells)
+            for cell, i_at, i_column in zip(cells.tolist(), at, column):
+                clash = np.zeros(last.shape, bool)
+                clash[i_at, i_column] = True
+                for stamp in readers.crowd.unordered(cell, self._before(int(me[i_at]))):
+                    stamps = np.full(last.shape, stamp)
+                    self._report(team, inst, clash, stamps, "overwrites", "read", threads, offsets, idle=idle)
+            readers.crowd.forget(cells)
         read[rows] = 0
+
+    # Loads whose value only goes to stores
+
+    def _store_values_of_loads(self, inst, me):
+        for warp in np.unique(me).tolist():
+            fault = self._kept.get((warp, inst.index))
+            if fault is not None:
+                raise fault
+            self._stored.add((warp, inst.index))
+
+    def _keep(self, fault, warp, load):
+        """Keeps the fault of a reader until it stores what it read."""
+        for store in self._only_stored[load]:
+            if (warp, store) in self._stored:
+                raise fault
+            self._kept[warp, store] = fault
 
     # Reports
 
-    def _check_written(self, team, verb, me, offsets, size, threads, values=None):
+    def _check_written(self, team, inst, verb, me, offsets, size, threads, values=None, *, idle=False):
         written, rows = self._cells(self._written, offsets, size)
         last = written[rows]
         clash = self._unordered(me, last)
@@ -297,25 +330,47 @@ class GlobalRaces:
             present = self._memory.bytes.reshape(-1, size)[offsets // size]
             same = (values == present).reshape(len(values), clash.shape[1], -1).all(2)
             clash &= ~(self._same_block(me, last) & same)
-        self._report(team, clash, last, verb, "wrote", threads, offsets)
+        self._report(team, inst, clash, last, verb, "wrote", threads, offsets, idle=idle)
 
-    def _report(self, team, clash, last, verb, did, threads, offsets):
+    def _report(self, team, inst, clash, last, verb, did, threads, offsets, *, idle=False):
+        """Raises GlobalMemoryRace where anything clashes; with idle, only for readers that store what they read."""
         if not np.count_nonzero(clash):
             return
-        at, column = (int(i[0]) for i in np.nonzero(clash))
-        stamp = int(last[at, column])
+        me = self._who(team, threads)
+        seen = set()
+        for at, column in zip(*np.nonzero(clash)):
+            stamp = int(last[at, column])
+            if (stamp, me[at]) not in seen:
+                seen.add((stamp, me[at]))
+                fault = self._fault(team, stamp, verb, did, int(at), threads, int(offsets[at]) + column * self._granule)
+                if not idle:
+                    raise fault
+                fault.locate(self._kernel, inst)
+                if verb == "reads":
+                    self._keep(fault, int(me[at]), inst.index)
+                else:
+                    self._keep(fault, (stamp >> _WHO_SHIFT) & _WHO, stamp & _INSTRUCTION)
+
+    def _fault(self, team, stamp, verb, did, at, threads, offset):
         who = (stamp >> _WHO_SHIFT) & _WHO
         block = int(self._block_of(np.int64(who)))
         x, y, _ = self._grid
         where = (block % x, block // x % y, block // (x * y))
         whose = f"warp {who % self._warps}" if who < self._total else "several warps"
         other = self._kernel.instructions[stamp & _INSTRUCTION]
-        place = self._memory.describe(int(offsets[at]) + column * self._granule)
         what = (
-            f"global-memory race: {verb} {place}, which {whose} of block {where} {did}, and nothing orders the two: "
-            f"`{other.text}` at {self._kernel.where(other)}"
+            f"global-memory race: {verb} {self._memory.describe(offset)}, which {whose} of block {where} {did}, and "
+            f"nothing orders the two: `{other.text}` at {self._kernel.where(other)}"
         )
-        raise team.fault(GlobalMemoryRace, what, at, threads)
+        return team.fault(GlobalMemoryRace, what, at, threads)
+
+
+class _Readers:
+    """Who read what: a stamp for each granule, and the crowds."""
+
+    def __init__(self, granules, total, warps):
+        self.stamps = np.zeros(granules, np.int64)
+        self.crowd = _Crowd(total, warps)
 
 
 class _Crowd:
@@ -354,13 +409,10 @@ class _Crowd:
         self._free += range(old, old + more)
 
     def unordered(self, cell, before):
-        """The stamp of a reader that does not come before, or 0. before: as GlobalRaces._before gives it."""
+        """Stamps of the readers that do not come before. before: as GlobalRaces._before gives it."""
         row = self._row[cell]
         late = np.flatnonzero((self._clocks[row] != 0) & (self._clocks[row] >= before))
-        if not len(late):
-            return 0
-        clock, who = int(self._clocks[row, late[0]]), int(late[0])
-        return clock << _CLOCK_SHIFT | who << _WHO_SHIFT | self._instruction[row]
+        return (self._clocks[row, late] << _CLOCK_SHIFT | late << _WHO_SHIFT | self._instruction[row]).tolist()
 
     def forget(self, cells):
         self._free += [self._row.pop(cell) for cell in set(cells.tolist())]

@@ -86,6 +86,7 @@ class Instruction:
     file: int
     line: int
     text: str
+    callers: tuple = ()  # "file.py:12" of the calls that were inlined, innermost first
     index: int = -1
     target: int = -1  # of a branch: the index of the instruction it goes to
 
@@ -120,11 +121,15 @@ class Kernel:
     local_bytes: int = 0
 
     def where(self, instruction):
-        return f"{self.files.get(instruction.file, '?')}:{instruction.line}"
+        """The Python line, and those that called it where it was inlined."""
+        return ", called at ".join(
+            (f"{self.files.get(instruction.file, '?')}:{instruction.line}", *instruction.callers)
+        )
 
 
 _ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\((.*?)\)(.*?)\{\n", re.S)
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+_CALLER = re.compile(r"@\[ ([^\s:]+:\d+)")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _LABEL = re.compile(r"^([$\w]+):\s*")
 _GUARD = re.compile(r"^@(!?)\s*([%\w$]+)\s+")
@@ -179,14 +184,16 @@ class _Body:
         self.scopes = [{}]  # per open brace: name -> Register
         self.labels = [{}]  # per open brace: name -> index of an instruction
         self.branches = []  # (instruction, label, the label scopes that were open)
-        self.file = self.line = 0
+        self.file, self.line, self.callers = 0, 0, ()
 
     def read(self, body):
         for raw in body.split("\n"):
-            line = raw.partition("//")[0].strip()
+            line, _, comment = raw.partition("//")
+            line = line.strip()
             location = _LOC.match(line)
             if location:
                 self.file, self.line = int(location[1]), int(location[2])
+                self.callers = tuple(_CALLER.findall(comment))
             elif line:
                 self._statements(line)
         for instruction, label, scopes in self.branches:
@@ -249,6 +256,7 @@ class _Body:
             negated=bool(guard and guard[1]),
             file=self.file,
             line=self.line,
+            callers=self.callers,
             text=re.sub(r"\s+", " ", text),
             index=len(self.kernel.instructions),
         )

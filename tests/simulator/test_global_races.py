@@ -121,6 +121,37 @@ class TestKernels:
             _neighbours_kernel[(WIDE,)](rows(2 * WIDE), rows(WIDE), 32, WIDTH, num_warps=8)
 
 
+@triton.jit
+def _count_kernel(x_ptr, y_ptr, BRANCH: tl.constexpr):
+    """All warps load, the first one stores: what the others read matters only where it goes elsewhere, too."""
+    seen = tl.load(x_ptr + tl.program_id(0))
+    tl.store(x_ptr + tl.program_id(0), seen * 3 + 1)
+    if BRANCH and seen > 0:
+        tl.store(y_ptr, 1)
+
+
+@triton.jit
+def _rotate_kernel(x_ptr, WIDTH: tl.constexpr, BY: tl.constexpr):
+    offs = tl.arange(0, WIDTH)
+    tl.store(x_ptr + offs, tl.load(x_ptr + (offs + BY) % WIDTH) * 2)
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize("num_warps", [1, 4])
+def test_a_load_that_is_only_stored_counts_for_the_warps_that_store(chip, num_warps):
+    """Regression: the usual `tl.store(p, tl.load(p) + 1)` was a race of the block's other warps."""
+    x, y = torch.ones(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    _count_kernel[(3,)](x, y, BRANCH=False, num_warps=num_warps)
+    assert x.tolist() == [4] * 3
+    if num_warps > 1:
+        with pytest.raises(GlobalMemoryRace):
+            _count_kernel[(1,)](x, y, BRANCH=True, num_warps=num_warps)
+        with pytest.raises(GlobalMemoryRace):
+            _rotate_kernel[(1,)](rows()[0], WIDTH=WIDTH, BY=32, num_warps=num_warps)
+    with pytest.raises(GlobalMemoryRace):  # the first warps of two blocks
+        _rotate_kernel[(2,)](x, WIDTH=2, BY=1, num_warps=num_warps)
+
+
 def nth_replaced(text, pattern, new, n):
     """The text with the n-th match replaced, None if there are fewer."""
     found = list(re.finditer(pattern, text))
@@ -232,7 +263,7 @@ def test_warps_may_write_the_same_bytes_blocks_may_not():
 def test_a_write_after_reads_of_several_warps_needs_all_of_them():
     """Both warps read a word; the barrier orders both before the store, and without it the other one is named."""
     body = (
-        THREAD + "ld.global.b32 %r3, [%rd1];\n{}\nsetp.ne.u32 %p1, %r1, 0;\n@%p1 bra END;\n"
+        THREAD + "ld.global.b32 %r3, [%rd1];\n{}\nsetp.ne.u32 %p1, %r1, %r3;\n@%p1 bra END;\n"
         "add.u32 %r4, %r3, 1;\nst.global.b32 [%rd1], %r4;\nEND:"
     )
     launch(body.format("bar.sync 0;"), [tensor(np.zeros(1, np.uint32))], threads=64)
