@@ -11,8 +11,8 @@ _NO_RESULT = {
 }  # fmt: skip
 # What these make comes from memory or from other threads.
 _TALKS = {
-    "ld", "atom", "ldmatrix", "ldu", "shfl", "vote", "redux", "match", "elect", "activemask", "movmatrix", "mma", "wgmma",
-    "mbarrier", "bar", "barrier", "tex", "clusterlaunchcontrol",
+    "ld", "atom", "ldmatrix", "ldu", "shfl", "vote", "redux", "match", "elect", "activemask", "movmatrix", "mma",
+    "wgmma", "mbarrier", "bar", "barrier", "tex", "clusterlaunchcontrol",
 }  # fmt: skip
 # After these the team may wait, fork or hold registers that an asynchronous instruction uses.
 _ENDS_STRETCH = {"bra", "bar", "barrier", "ret", "exit", "trap", "wgmma"}
