@@ -345,7 +345,7 @@ class GPT2(GenerationMixin, PretrainedModel):
         x = hidden.last_hidden_state  # [B, T, C]
         if labels is not None:
             check_shape("labels", labels, tuple(x.shape[:2]))
-            check_range("labels", labels.masked_fill(labels == -100, 0), self.config.vocab_size)
+            check_range("labels", labels, self.config.vocab_size, ignored=-100)
         if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
             if labels is not None:
                 raise ValueError("GPT2: labels need the logits of every position; leave logits_to_keep at 0")

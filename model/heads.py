@@ -303,7 +303,7 @@ def _class_loss(name, logits, labels):
     logits = logits.flatten(0, -2).float()
     if len(labels) != len(logits):
         raise ValueError(f"GPT2: {len(labels)} {name} came; there must be one for each of {len(logits)}")
-    check_range(name, labels.masked_fill(labels == -100, 0), logits.shape[-1])
+    check_range(name, labels, logits.shape[-1], ignored=-100)
     return F.cross_entropy(logits, labels, ignore_index=-100)
 
 

@@ -83,12 +83,15 @@ def as_cache(past, config):
     )
 
 
-def check_range(name, index, limit):
-    """On a CPU; asking a GPU would cost a synchronisation, and its kernel asserts."""
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
+def check_range(name, index, limit, ignored=None):
+    """On a CPU, where numpy looks at them without an operation of torch; a GPU would be synchronised, and asserts."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or type(index) is not torch.Tensor:
         return
-    if not ((index >= 0) & (index < limit)).all():
-        low, high = index.min().item(), index.max().item()
+    values = index.numpy(force=True)
+    if ignored is not None:
+        values = values[values != ignored]
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if low < 0 or high >= limit:
         raise ValueError(f"GPT2: {name} range from {low} to {high}; they must be at least 0 and below {limit}")
 
 
