@@ -41,7 +41,6 @@ GREEDY = {
     "suppressed": {"suppress_tokens": [5, 17, 33]},
     "biased": {"sequence_bias": {(17,): -3.0, (5, 80): 10.0, (9, 2, 44): -float("inf")}},
     "prefix": {"prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 7 + i + row) % 101 for i in range(9)]},
-    "an object": {"generation_config": transformers.GenerationConfig(max_new_tokens=9, repetition_penalty=1.4)},
 }
 
 
@@ -52,6 +51,14 @@ def test_greedy_is_transformers(options, models):
     if options["max_new_tokens"] is None:
         del options["max_new_tokens"]
     assert torch.equal(ours.generate(PROMPT, **options), theirs_say(theirs, PROMPT, **options))
+
+
+def test_their_generation_config_is_taken(models):
+    ours, theirs = models
+    options = {"generation_config": transformers.GenerationConfig(max_new_tokens=9, repetition_penalty=1.4)}
+    said = ours.generate(PROMPT, pad_token_id=0, **options)
+    assert said.shape[1] <= PROMPT.shape[1] + 9
+    assert torch.equal(said, theirs_say(theirs, PROMPT, **options))
 
 
 def test_eos_ends_a_row_and_the_rest_is_padding(models):
