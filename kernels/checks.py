@@ -1,5 +1,6 @@
 """Validation of arguments. Each failed check says which function, what came and what is required."""
 
+import numpy as np
 import torch
 from triton.runtime import driver
 
@@ -29,16 +30,14 @@ def once(check):
         if torch.compiler.is_compiling():
             return check(tensors, *values)
         key = [*map(type, values), values]  # 1, 1.0 and True are equal, and not the same
-        for tensor in tensors:
-            if tensor is not None and not isinstance(tensor, torch.Tensor):
-                return check(tensors, *values)  # which says so
-            key.append(None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
-        key = tuple(key)
         try:
+            for tensor in tensors:
+                key.append(None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+            key = tuple(key)
             result = known.get(key, known)
             if result is not known:  # another thread may empty it in between
                 return result
-        except TypeError:  # a symbolic size cannot be hashed
+        except (TypeError, AttributeError, RuntimeError):  # no tensor, or none with strides; or it cannot be hashed
             return check(tensors, *values)
         result = check(tensors, *values)
         if all(type(value) in _NUMBERS for value in values):
@@ -48,6 +47,39 @@ def once(check):
         return result
 
     return checked
+
+
+def check_tensor(function, value, name, dims=None):
+    """The first check of a tensor: that it is one, with strides, and (dims) of so many dimensions."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{function}: {name} is {_brief(value)}, of {type(value).__name__}; it must be a tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{function}: {name} has layout {layout}; it must be a dense tensor (torch.strided)")
+    if dims is not None and value.dim() != len(dims):
+        raise ValueError(f"{function}: {name} has shape {tuple(value.shape)}; it must be [{', '.join(dims)}]")
+
+
+_REALS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+_INTEGERS = (int, np.integer, torch.SymInt)
+
+
+def check_number(function, value, name, what, allowed, *, integer=False):
+    """A number, no bool and no tensor, for which allowed(value) holds; `what` says so in words."""
+    if not isinstance(value, _INTEGERS if integer else _REALS) or isinstance(value, bool):
+        kind = "an integer" if integer else "a number"
+        raise TypeError(f"{function}: {name} is {_brief(value)}; it must be {kind}, {what}")
+    if not allowed(value):
+        raise ValueError(f"{function}: {name} is {value}; it must be {what}")
+
+
+def check_flag(function, value, name):
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {name} is {_brief(value)}; it must be True or False")
+
+
+def _brief(value):
+    return type(value).__name__ if isinstance(value, (torch.Tensor, np.ndarray)) else f"{value!r:.40}"
 
 
 _served = None  # the driver and the device that check_device last found to agree
@@ -86,11 +118,6 @@ def check_dtype(function, tensor, name, allowed=FLOATS):
         raise TypeError(
             f"{function}: {name} is {str(tensor.dtype).removeprefix('torch.')}; it must be {_words(allowed)}"
         )
-
-
-def check_tensor(function, tensor, name):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{function}: {name} is {tensor!r}, of {type(tensor).__name__}; it must be a tensor")
 
 
 def autocast_hint(tensor):
@@ -157,20 +184,22 @@ def refuse_second_derivative(function):
 
 def check_dropout(function, tensor, dropout_p, seed):
     """The seed that dropout uses on `tensor`: None without dropout, `seed` if given, else one that torch draws."""
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{function}: dropout_p is {dropout_p}; it must be in [0, 1)")
+    if type(dropout_p) is float and dropout_p == 0.0 and seed is None:
+        return None
+    check_number(
+        function,
+        dropout_p,
+        "dropout_p",
+        f"in [0, 1) when rounded to a multiple of 1 / {STEPS}",
+        lambda p: 0.0 <= p < 1.0 and round(p * STEPS) < STEPS,
+    )
+    if seed is not None:
+        check_tensor(function, seed, "dropout_seed")
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != tensor.device:
+            raise ValueError(
+                f"{function}: dropout_seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; "
+                f"it must be torch.int64 (1,) on {tensor.device}"
+            )
     if dropout_p == 0.0:
         return None
-    if round(dropout_p * STEPS) == STEPS:
-        raise ValueError(
-            f"{function}: dropout_p is {dropout_p}, which as a multiple of 1 / {STEPS} is 1; it must be below that"
-        )
-    if seed is None:
-        return torch.randint(2**31, (1,), dtype=torch.int64, device=tensor.device)
-    check_tensor(function, seed, "dropout_seed")
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != tensor.device:
-        raise ValueError(
-            f"{function}: dropout_seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; "
-            f"it must be torch.int64 (1,) on {tensor.device}"
-        )
-    return seed
+    return torch.randint(2**31, (1,), dtype=torch.int64, device=tensor.device) if seed is None else seed

@@ -22,7 +22,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import FLOATS, check_device, check_dtype, refuse_second_derivative
+from kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_number,
+    check_tensor,
+    refuse_second_derivative,
+)
 from kernels.configs import vocabulary_config
 from kernels.launch import Launcher
 from kernels.library import define_op
@@ -412,20 +420,22 @@ class _CrossEntropy(torch.autograd.Function):
 
 def check_loss(function, rows, V, target, class_weight, ignore_index, reduction, label_smoothing, softcap, z_loss):
     """Checks what both losses share, and returns the LossOptions."""
+    check_tensor(function, target, "target")
     if target.shape != rows.shape[:1] or target.dtype != torch.int64 or target.device != rows.device:
         raise ValueError(
             f"{function}: target is {target.dtype} {tuple(target.shape)} on {target.device}; "
             f"it must be torch.int64 ({rows.shape[0]},) on {rows.device}"
         )
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"{function}: reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{function}: label_smoothing is {label_smoothing}; it must be from 0 to 1")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"{function}: softcap is {softcap}; it must be positive and finite, or None")
-    if not math.isfinite(z_loss):
-        raise ValueError(f"{function}: lse_square_scale is {z_loss}; it must be finite")
+    int64 = "in the range of int64"
+    check_number(function, ignore_index, "ignore_index", int64, lambda i: -(2**63) <= i < 2**63, integer=True)
+    check_number(function, label_smoothing, "label_smoothing", "from 0 to 1", lambda p: 0.0 <= p <= 1.0)
+    if softcap is not None:
+        check_number(function, softcap, "softcap", "positive and finite, or None", lambda cap: 0.0 < cap < math.inf)
+    check_number(function, z_loss, "lse_square_scale", "finite", math.isfinite)
     if class_weight is not None:
+        check_tensor(function, class_weight, "class_weight")
         wanted = class_weight.shape == (V,) and class_weight.dtype in FLOATS and class_weight.device == rows.device
         if not wanted or not class_weight.is_contiguous():
             raise ValueError(
@@ -465,8 +475,8 @@ def cross_entropy(
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
     function = "cross_entropy"
-    if logits.dim() != 2:
-        raise ValueError(f"{function}: logits has shape {tuple(logits.shape)}; it must be [M, V]")
+    check_tensor(function, logits, "logits", "MV")
+    check_flag(function, inplace, "inplace")
     check_dtype(function, logits, "logits")
     rows = as_rows(function, logits, "logits")
     options = check_loss(

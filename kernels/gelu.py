@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_device, check_dtype, once, refuse_second_derivative
+from kernels.checks import check_device, check_dtype, check_tensor, once, refuse_second_derivative
 from kernels.configs import GELU_TILE
 from kernels.launch import Launcher
 from kernels.library import LOG2E, define_op, needs_graph
@@ -248,5 +248,6 @@ def gelu(x):
 
 def bias_gelu(x, bias):
     """gelu(x + bias) in one pass: x as for gelu, bias [N] of its dtype. Backward gives dbias with dx in one pass."""
+    check_tensor("bias_gelu", bias, "bias")
     _check((x, bias))
     return _BiasGelu.apply(x, bias) if needs_graph(x, bias) else bias_gelu_forward(x, bias)

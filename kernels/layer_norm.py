@@ -20,12 +20,22 @@ most rows.PARTIAL_ROWS. FLOPs: about 8 a forward element, 12 a backward one; mem
 """
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_device, check_dropout, check_dtype, check_same, once, refuse_second_derivative
+from kernels.checks import (
+    check_device,
+    check_dropout,
+    check_dtype,
+    check_number,
+    check_same,
+    check_tensor,
+    once,
+    refuse_second_derivative,
+)
 from kernels.configs import row_config
 from kernels.dropout import dropout_mask, dropout_numbers
 from kernels.launch import Launcher
@@ -408,7 +418,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 @once
-def _check(tensors):
+def _check(tensors, eps):
     x, residual, weight, bias = tensors
     function = "layer_norm" if residual is None else "add_layer_norm"
     as_rows(function, x, "x")
@@ -426,6 +436,7 @@ def _check(tensors):
     check_vector(function, x, "x", weight, "weight", may_be_fp32=True)
     check_vector(function, x, "x", bias, "bias", may_be_fp32=True)
     check_same(function, weight, "weight", bias, "bias")
+    check_number(function, eps, "eps", "at least 0 and finite", lambda eps: 0 <= eps < math.inf)
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
@@ -437,7 +448,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
     Returns y with x's shape and dtype, contiguous. Its bits depend on the row alone, not on the others.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    _check((x, None, weight, bias))
+    _check((x, None, weight, bias), eps)
     eps = float(eps)
     if needs_graph(x, weight, bias):
         return _LayerNorm.apply(x, weight, bias, eps)
@@ -452,7 +463,8 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropou
     dropout_seed: int64 [1] on x's device; drawn from torch's generator there unless given.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    _check((x, residual, weight, bias))
+    check_tensor("add_layer_norm", residual, "residual")
+    _check((x, residual, weight, bias), eps)
     seed = check_dropout("add_layer_norm", x, dropout_p, dropout_seed)
     options = seed, float(eps), float(dropout_p)
     if needs_graph(x, residual, weight, bias):

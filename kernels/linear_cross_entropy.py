@@ -17,7 +17,14 @@ The same chunks can be taken by plain PyTorch, on any device. Autocast does not 
 
 import torch
 
-from kernels.checks import check_device, check_dtype, check_same, refuse_second_derivative
+from kernels.checks import (
+    check_device,
+    check_dtype,
+    check_number,
+    check_same,
+    check_tensor,
+    refuse_second_derivative,
+)
 from kernels.cross_entropy import OPTIONS_SCHEMA, LossOptions, check_loss, launch_counts, launch_reduction, launch_rows
 from kernels.library import define_op, without_autocast
 from kernels.rows import as_rows
@@ -225,7 +232,9 @@ def linear_cross_entropy(
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
     function = "linear_cross_entropy"
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+    check_tensor(function, x, "x", "MC")
+    check_tensor(function, weight, "weight", "VC")
+    if x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{function}: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; they must be [M, C] and [V, C]"
         )
@@ -233,15 +242,15 @@ def linear_cross_entropy(
     check_same(function, x, "x", weight, "weight")
     V = weight.shape[0]
     if bias is not None:
+        check_tensor(function, bias, "bias")
         check_same(function, x, "x", bias, "bias")
         if bias.shape != (V,):
             raise ValueError(f"{function}: bias has shape {tuple(bias.shape)}; it must be ({V},)")
     rows = as_rows(function, x, "x")
     shared = ignore_index, reduction, label_smoothing, softcap, lse_square_scale
     options = check_loss(function, rows, V, target, class_weight, *shared)
-    if chunk_rows < 1:
-        raise ValueError(f"{function}: chunk_rows is {chunk_rows}; it must be at least 1")
-    if implementation not in ("triton", "torch"):
+    check_number(function, chunk_rows, "chunk_rows", "at least 1", lambda rows: rows >= 1, integer=True)
+    if not isinstance(implementation, str) or implementation not in ("triton", "torch"):
         raise ValueError(f"{function}: implementation is {implementation!r}; it must be triton or torch")
     compute = linear_cross_entropy_chunks if implementation == "triton" else _torch
     # Inside forward gradients are off, and needs_input_grad says what the inputs are, not what was asked for.

@@ -93,6 +93,7 @@ def column_sums(partial, dtype):
 
 def as_rows(function, tensor, name):
     """tensor [..., N] as a view [M, N]; ValueError if that would take a copy, or if the last stride is not 1."""
+    check_tensor(function, tensor, name)
     N = tensor.shape[-1] if tensor.dim() else 0
     if N == 0:
         raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}; it must be [..., N] with N at least 1")

@@ -5,6 +5,7 @@ attention_decode for a few queries against a cache; packed_attention_forward and
 the fused projection [B, T, 3C] in place and write its gradient as one tensor of that shape, with the same kernels.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ from kernels.checks import (
     check_device,
     check_dropout,
     check_dtype,
+    check_flag,
     check_last_stride,
+    check_number,
     check_row_vector,
     check_same,
+    check_tensor,
     dense,
     once,
     refuse_second_derivative,
@@ -172,12 +176,11 @@ class _FlashAttentionPacked(torch.autograd.Function):
 
 def _check_shared(function, tensor, B, D, scale, *bounds):
     """Checks what both public functions take; the scale to use."""
-    check_dtype(function, tensor, "the input")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"{function}: head_dim is {D}; it must be from 1 to {MAX_HEAD_DIM}")
+    if scale is not None:
+        check_number(function, scale, "scale", "positive and finite", lambda scale: 0 < scale < math.inf)
     scale = D**-0.5 if scale is None else float(scale)
-    if not scale > 0:
-        raise ValueError(f"{function}: scale is {scale}; it must be positive")
     for bound, name in zip(bounds, ("kv_start", "kv_end", "q_start")):
         check_row_vector(function, bound, name, B, tensor.device)
     return scale
@@ -188,11 +191,9 @@ def _check(tensors, scale):
     """flash_attention's checks; the scale to use."""
     function = "flash_attention"
     q, k, v, *bounds = tensors
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"{function}: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "they must be [B, H, T, D]"
-        )
+    for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
+        check_tensor(function, tensor, name, "BHTD")
+    check_dtype(function, q, "q")
     for tensor, name in ((k, "k"), (v, "v")):
         check_same(function, q, "q", tensor, name)
         for axis, what in ((0, "batch size"), (1, "heads"), (3, "head_dim")):
@@ -214,9 +215,10 @@ def _check_packed(tensors, num_heads, scale):
     """flash_attention_packed's checks; the scale to use."""
     function = "flash_attention_packed"
     qkv, *bounds = tensors
-    if num_heads < 1:
-        raise ValueError(f"{function}: num_heads is {num_heads}; it must be at least 1")
-    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
+    check_tensor(function, qkv, "qkv", ("B", "T", "3C"))
+    check_dtype(function, qkv, "qkv")
+    check_number(function, num_heads, "num_heads", "at least 1", lambda heads: heads >= 1, integer=True)
+    if qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
         raise ValueError(
             f"{function}: qkv has shape {tuple(qkv.shape)} for {num_heads} heads; "
             "it must be [B, T, 3 * heads * head_dim]"
@@ -258,6 +260,8 @@ def flash_attention(
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
     refuse_transforms("flash_attention")
+    check_flag("flash_attention", causal, "causal")
+    check_flag("flash_attention", return_lse, "return_lse")
     scale = _check((q, k, v, kv_start, kv_end, q_start), scale)
     seed = check_dropout("flash_attention", q, dropout_p, dropout_seed)
     options = Options(kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p))
@@ -279,6 +283,7 @@ def flash_attention_packed(
     tensor that the kernels write in place. The other arguments, the numerics and the errors are flash_attention's.
     """
     refuse_transforms("flash_attention_packed")
+    check_flag("flash_attention_packed", causal, "causal")
     scale = _check_packed((qkv, kv_start, kv_end), num_heads, scale)
     seed = check_dropout("flash_attention_packed", qkv, dropout_p, dropout_seed)
     options = Options(kv_start, kv_end, None, seed, scale, bool(causal), float(dropout_p))

@@ -389,7 +389,7 @@ def q_k_v(**changes):
         (q_k_v(v=(2, 4, 8, 16)), {}, ValueError, "v has heads 4, q has 3"),
         (q_k_v(k=(1, 3, 8, 16)), {}, ValueError, "k has batch size 1, q has 2"),
         (q_k_v(v=(2, 3, 9, 16)), {}, ValueError, "k has 8 keys, v has 9"),
-        (q_k_v(q=(3, 8, 16)), {}, ValueError, r"they must be \[B, H, T, D\]"),
+        (q_k_v(q=(3, 8, 16)), {}, ValueError, r"it must be \[B, H, T, D\]"),
         (q_k_v(k=(2, 3, 0, 16), v=(2, 3, 0, 16)), {}, ValueError, "there must be at least one"),
         ([x.double() for x in q_k_v()], {}, TypeError, "float64; it must be float16, bfloat16, float32"),
         ([q_k_v()[0].half(), *q_k_v()[1:]], {}, ValueError, "k has dtype torch.float32, q has torch.float16"),

@@ -122,7 +122,7 @@ def test_heads_are_laid_along_x_where_a_grid_may_have_more_than_65535_blocks():
     [
         ({"kv_end": [1, 2]}, TypeError, r"kv_end is \[1, 2\], of list; it must be a tensor"),
         ({"dropout_p": 0.1, "dropout_seed": 3}, TypeError, "dropout_seed is 3, of int; it must be a tensor"),
-        ({"dropout_p": 0.999995}, ValueError, "dropout_p is 0.999995, .* it must be below"),
+        ({"dropout_p": 0.999995}, ValueError, "dropout_p is 0.999995; it must be in .* when rounded"),
     ],
 )
 def test_a_wrong_argument_is_named(options, error, message):
