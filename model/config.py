@@ -67,6 +67,10 @@ def _accept_aliases(cls):
             if name in kwargs:
                 raise TypeError(f"GPT2Config: both {name} and its alias {alias} were given; give one")
             kwargs[name] = kwargs.pop(alias)
+        if not isinstance(kwargs.get("extra", {}), dict):
+            raise TypeError(
+                f"GPT2Config: extra is {brief(kwargs['extra'])}; it must be a dict, as config.json's own keys"
+            )
         undeclared = {name: kwargs.pop(name) for name in UNDECLARED if name in kwargs}
         if undeclared:
             kwargs["extra"] = {**kwargs.get("extra", {}), **undeclared}
@@ -247,9 +251,10 @@ class GPT2Config:
         )
         self._require("activation_function", isinstance(self.activation_function, str), "a name")
         for name, allowed in (("summary_type", _SUMMARY_TYPES), ("problem_type", (None, *_PROBLEM_TYPES))):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str)) or value not in allowed:
                 named = ", ".join(map(str, allowed))
-                raise ValueError(f"GPT2Config: {name} is {getattr(self, name)!r}; choose one of {named}")
+                raise ValueError(f"GPT2Config: {name} is {brief(value)}; choose one of {named}")
         if self.add_cross_attention or self.is_encoder_decoder:
             raise ValueError(
                 "GPT2Config: add_cross_attention and is_encoder_decoder are not supported; this is the decoder alone"

@@ -10,11 +10,21 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.checks import check_number
 from model.attention import attention, check_attention_name, self_attention, split_heads
 from model.cache import KVCache
 from model.checkpoints.pretrained import PretrainedModel
 from model.generation.generate import GenerationMixin
-from model.inputs import Padding, as_cache, check_range, check_shape, lookup, new_tokens, padding_bounds
+from model.inputs import (
+    Padding,
+    as_cache,
+    check_inputs,
+    check_range,
+    check_shape,
+    lookup,
+    new_tokens,
+    padding_bounds,
+)
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
 from model.layers.norm import LayerNorm, add_norm
@@ -188,6 +198,19 @@ class GPT2Model(PretrainedModel):
         if config.use_cache and autograd is off. With a cache no graph is recorded.
         A token or position id outside its table raises ValueError on a CPU; on a GPU the embedding kernel asserts.
         """
+        check_inputs(
+            "GPT2Model",
+            self.device,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=return_dict,
+        )
         config = self.config
         cache = as_cache(past_key_values, config)
         if use_cache is None:
@@ -330,6 +353,9 @@ class GPT2(GenerationMixin, PretrainedModel):
         logits_to_keep: how many of the last positions to compute logits for (0: all), or a tensor of positions.
         return_logits: False leaves logits None and takes the loss without ever holding all of them.
         """
+        check_inputs("GPT2", self.device, labels=labels, return_dict=return_dict, return_logits=return_logits)
+        if not isinstance(logits_to_keep, torch.Tensor):
+            check_number("GPT2", logits_to_keep, "logits_to_keep", "at least 0", lambda n: n >= 0, integer=True)
         hidden = self.transformer(
             input_ids,
             attention_mask=attention_mask,

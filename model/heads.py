@@ -11,7 +11,7 @@ from torch import nn
 
 from model.checkpoints.pretrained import PretrainedModel
 from model.gpt2 import GPT2, GPT2Model
-from model.inputs import check_range, check_shape
+from model.inputs import LABELS, check_inputs, check_range, check_shape
 from model.layers.initialisation import init_weights
 from model.layers.ops import activation, causal_lm_loss
 from model.outputs import DoubleHeadsOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
@@ -106,6 +106,23 @@ class GPT2DoubleHeadsModel(_Headed, GPT2):
         speaks for it, by default the last. labels as input_ids, shifted here, -100 ignored: the language model's loss;
         mc_labels [B]: the right choice, for mc_loss. A cache, hidden_states and attentions have B * N rows.
         """
+        check_inputs(
+            "GPT2DoubleHeadsModel",
+            self.device,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            mc_token_ids=mc_token_ids,
+            labels=labels,
+            mc_labels=mc_labels,
+            return_dict=return_dict,
+        )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None and not given.numel():
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise ValueError(f"GPT2DoubleHeadsModel: {name} has shape {tuple(given.shape)}; a token is required")
         mask, types, positions = (_rows(tensor, 1) for tensor in (attention_mask, token_type_ids, position_ids))
         ids, embeds = _rows(input_ids, 1), _rows(inputs_embeds, 2)
         hidden = self._hidden(ids, past_key_values, mask, types, positions, embeds, use_cache, options)
@@ -113,6 +130,7 @@ class GPT2DoubleHeadsModel(_Headed, GPT2):
         shape = tuple(inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape)
         if labels is not None:
             check_shape("labels", labels, shape)
+            check_range("labels", labels, self.config.vocab_size, ignored=-100)
         logits = self._apply_head(self.lm_head, hidden, x)  # [B * N, T, V]
         mc_logits = self._apply_head(self.multiple_choice_head, hidden, x.view(*shape, -1), mc_token_ids).squeeze(-1)
         if mc_labels is not None and mc_logits.shape != shape[:-1]:
@@ -179,6 +197,9 @@ class GPT2ForSequenceClassification(_Classifier):
         labels: [B] classes; [B, K] of 0 and 1; or, for regression, [B, K] numbers ([B] if K = 1): config.problem_type,
         which as in transformers the first labels set: regression if K = 1, else classes if they are integers.
         """
+        name = "GPT2ForSequenceClassification"
+        check_inputs(name, self.device, input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=return_dict)
+        check_inputs(name, self.device, LABELS, labels=labels)
         given = inputs_embeds if input_ids is None else input_ids
         pad = self.config.pad_token_id
         if given is not None and len(given) != 1 and attention_mask is None and pad is None:
@@ -240,6 +261,8 @@ class GPT2ForTokenClassification(_Classifier):
         **options,
     ):
         """input_ids [B, T] to a TokenClassifierOutput with logits [B, T, K]; labels [B, T], -100 is ignored."""
+        name = "GPT2ForTokenClassification"
+        check_inputs(name, self.device, LABELS, labels=labels, use_cache=use_cache, return_dict=return_dict)
         inputs = (input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
         hidden = self._hidden(*inputs, bool(use_cache), options)  # the output holds no cache
         x = self.dropout(hidden.last_hidden_state)  # [B, T, C]
@@ -275,6 +298,8 @@ class GPT2ForQuestionAnswering(_Classifier):
         start_positions and end_positions, [B] each, give the loss. As in transformers, one that lies after the last
         token is ignored, and a negative one counts as 0.
         """
+        positions = {"start_positions": start_positions, "end_positions": end_positions}
+        check_inputs("GPT2ForQuestionAnswering", self.device, **positions, return_dict=return_dict)
         if (start_positions is None) != (end_positions is None):
             came = "start_positions" if end_positions is None else "end_positions"
             raise ValueError(f"GPT2ForQuestionAnswering: {came} came alone; give start_positions and end_positions")

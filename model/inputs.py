@@ -4,7 +4,43 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.checks import check_flag, check_tensor
 from model.cache import KVCache
+
+_IDS = (torch.int64, torch.int32)
+_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The dtypes of forward's tensors, by argument; what is not here is a switch, True or False.
+_DTYPES = {
+    "input_ids": _IDS,
+    "position_ids": _IDS,
+    "token_type_ids": _IDS,
+    "mc_token_ids": _IDS,
+    "inputs_embeds": _FLOATS,
+    "attention_mask": _NUMBERS + _FLOATS,
+    "labels": (torch.int64,),
+    "mc_labels": _IDS,
+    "start_positions": _IDS,
+    "end_positions": _IDS,
+}
+LABELS = {"labels": (*_DTYPES["mc_labels"], *_FLOATS)}  # of texts: a class, or numbers
+
+
+def check_inputs(function, device, dtypes=_DTYPES, **arguments):
+    """The kinds of forward's arguments, for a model on `device`: None, or a tensor of the right dtype, or a switch."""
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        allowed = dtypes.get(name)
+        if allowed is None:
+            check_flag(function, value, name)
+            continue
+        check_tensor(function, value, name)
+        if value.dtype not in allowed:
+            words = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(f"{function}: {name} is {value.dtype}; its dtype must be {words}")
+        if value.is_meta and device.type != "meta":
+            raise ValueError(f"{function}: {name} is on meta, without values; the model is on {device}")
 
 
 @dataclass(frozen=True)
@@ -22,15 +58,23 @@ class Padding:
 def padding_bounds(attention_mask, B, T):
     """A mask [B, T] of ones and zeros as bounds: the ones of row b are [kv_start[b], kv_end[b]), int32.
 
-    (None, None) where there is no padding. Raises ValueError for another shape and for a mask with holes.
+    (None, None) where there is no padding. Raises ValueError for another shape, a mask with holes, and one to be added
+    to scores, whose padding is a large negative number.
     """
     if attention_mask is None:
         return None, None
     if tuple(attention_mask.shape) != (B, T):
         raise ValueError(f"attention_mask: its shape is {tuple(attention_mask.shape)}; it must be [B, T] = {(B, T)}")
-    valid = attention_mask.bool()
-    if valid.all():
+    lowest = attention_mask.amin() if attention_mask.numel() else 1
+    if lowest > 0:
         return None, None
+    valid = attention_mask.bool()
+    is_added = attention_mask.is_floating_point() and not valid.any()
+    if is_added or not lowest >= 0:
+        raise ValueError(
+            f"attention_mask: its least value is {float(lowest):.4g}, as in a mask that is added to scores; it must be "
+            "1 for tokens and 0 for padding: (mask >= 0).long() makes one of the other"
+        )
     count = valid.sum(-1, dtype=torch.int32)
     start = valid.int().argmax(-1).int()  # the first 1; 0 where there is none
     is_one_run = (valid.cumsum(-1, dtype=torch.int32).argmax(-1) + 1 == start + count) | (count == 0)
@@ -70,6 +114,10 @@ def as_cache(past, config):
     if past is None or hasattr(past, "attend"):
         return past
     if isinstance(past, tuple | list):
+        if not all(isinstance(layer, tuple | list) and len(layer) >= 2 for layer in past):
+            raise TypeError(
+                "GPT2: past_key_values is a sequence whose items must be (keys, values), one for each layer"
+            )
         return KVCache.from_layers(config, past)
     if isinstance(past, torch.Tensor):
         raise TypeError(

@@ -20,12 +20,15 @@ The contract
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 
 from kernels.attention import split_heads
+from kernels.checks import check_flag, check_number, check_row_vector, check_same, check_tensor, once
+from model.config import brief
 
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -192,14 +195,14 @@ def attention_backends():
     return tuple(_BACKENDS)
 
 
-def check_attention_name(name):
-    """Raises ValueError unless `name` is "auto" or a registered backend; returns it."""
+def check_attention_name(name, argument="attn_implementation"):
+    """Raises TypeError or ValueError unless `name` is "auto" or a registered backend; returns it."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} is {brief(name)}; it must be a string: auto, {', '.join(_BACKENDS)}")
     if name in _NOT_INSTALLED:
-        raise ValueError(
-            f"attn_implementation={name!r} needs the package {_NOT_INSTALLED[name]}, which is not installed"
-        )
+        raise ValueError(f"{argument}={name!r} needs the package {_NOT_INSTALLED[name]}, which is not installed")
     if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"attn_implementation={name!r} is unknown; choose one of: auto, {', '.join(_BACKENDS)}")
+        raise ValueError(f"{argument}={name!r} is unknown; choose one of: auto, {', '.join(_BACKENDS)}")
     return name
 
 
@@ -216,6 +219,33 @@ def get_attention(name="auto", *, device=None, dtype=None, head_dim=None, weight
         if is_wanted and backend.serves(device=device, dtype=dtype, head_dim=head_dim, weights=weights):
             return backend
     return _BACKENDS["sdpa"]
+
+
+@once
+def _check_call(tensors, scale, causal, dropout_p, upcast, return_weights):
+    """What the contract says of attention()'s arguments; what a backend can do is asked of it afterwards."""
+    function = "attention"
+    q, k, v, *bounds = tensors
+    for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
+        check_tensor(function, tensor, name, ("B", "H", "T", "D"))
+    if not q.is_floating_point():
+        raise TypeError(f"{function}: q is {q.dtype}; it must be a floating-point tensor")
+    check_same(function, q, "q", k, "k")
+    check_same(function, q, "q", v, "v")
+    B, H, _, D = q.shape
+    for tensor, name in ((k, "k"), (v, "v")):
+        if tensor.shape != (B, H, k.shape[2], D):
+            raise ValueError(
+                f"{function}: {name} has shape {tuple(tensor.shape)}; beside q {tuple(q.shape)} and k of T_k = "
+                f"{k.shape[2]} it must be [B, H, T_k, D] = {(B, H, k.shape[2], D)}"
+            )
+    for bound, name in zip(bounds, ("kv_start", "kv_end", "q_start")):
+        check_row_vector(function, bound, name, B, q.device)
+    if scale is not None:
+        check_number(function, scale, "scale", "positive and finite", lambda scale: 0 < scale < math.inf)
+    check_number(function, dropout_p, "dropout_p", "from 0 to 1", lambda p: 0 <= p <= 1)
+    for flag, name in ((causal, "causal"), (upcast, "upcast"), (return_weights, "return_weights")):
+        check_flag(function, flag, name)
 
 
 def attention(
@@ -237,6 +267,8 @@ def attention(
 
     q [B, H, T_q, D]; k, v [B, H, T_k, D]. Returns (o [B, H, T_q, D], weights [B, H, T_q, T_k] or None).
     """
+    _check_call((q, k, v, kv_start, kv_end, q_start), scale, causal, dropout_p, upcast, return_weights)
+    check_attention_name(backend, "attention: backend")
     chosen = get_attention(backend, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], weights=return_weights)
     chosen.check(
         device=q.device,

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from model.config import SPECIAL_TOKENS
+from model.config import SPECIAL_TOKENS, brief
 from model.generation.config import FILE, GenerationConfig, merge
 from model.generation.decoding import Decoding
 from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
 from model.generation.settings import Settings, token_ids
 from model.generation.stopping import Stops
 from model.generation.streaming import tells_streamer
-from model.inputs import padding_bounds
+from model.inputs import check_inputs, padding_bounds
 from model.layers import onednn
 from model.layers.linear import Linear
 
@@ -109,6 +109,7 @@ class GenerationMixin:
         pad = next(iter(token_ids("pad_token_id", pad)), None)
         prompts, width = self._prompts(input_ids, attention_mask, bos, pad if pad not in eos else None)
         budgets = [settings.new_tokens(len(prompt), self.config.n_positions) for prompt in prompts]
+        stopping_criteria = _functions("stopping_criteria", stopping_criteria)
         stops = Stops(eos, stop_strings, tokenizer, stopping_criteria, settings.max_time)
         if streamer is not None and len(prompts) * settings.num_return_sequences * settings.num_beams > 1:
             raise ValueError("generate: a streamer takes one row, and no beams")
@@ -120,7 +121,7 @@ class GenerationMixin:
             budgets,
             stops,
             eos,
-            processors=list(logits_processor or ()),
+            processors=_functions("logits_processor", logits_processor),
             streamer=streamer,
             fill=pad if pad is not None else eos[0] if eos else 0,
             returns_cache=settings.return_dict_in_generate,
@@ -179,6 +180,7 @@ class GenerationMixin:
                 raise ValueError("generate: no input_ids, and the config has no bos_token_id to start from")
             input_ids = [[bos]]
         if isinstance(input_ids, torch.Tensor):
+            check_inputs("generate", self.device, input_ids=input_ids, attention_mask=attention_mask)
             if input_ids.dim() != 2:
                 raise ValueError(f"generate: input_ids must be [B, T]; its shape is {tuple(input_ids.shape)}")
             rows = list(input_ids.to(self.device))
@@ -195,6 +197,15 @@ class GenerationMixin:
             raise ValueError("generate: a prompt is empty; each needs at least one token")
         width = input_ids.shape[1] if isinstance(input_ids, torch.Tensor) else max(map(len, rows))
         return rows, width
+
+
+def _functions(name, given):
+    """The caller's functions as a list; transformers' lists of them are lists."""
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple) or not all(map(callable, given)):
+        raise TypeError(f"generate: {name} is {brief(given)}; it must be a list of functions")
+    return list(given)
 
 
 def _between_pads(ids, pad):

@@ -6,7 +6,10 @@ host-device sync: no tensor is made from host numbers, and no mask selects an un
 
 import math
 
+import numpy as np
 import torch
+
+from model.config import brief
 
 NEVER = -math.inf
 
@@ -213,10 +216,16 @@ def row_seeds(seed, rows, repeats):
     """One seed per sequence, rows * repeats of them; from a single seed s, sequence r has s + r."""
     if seed is None:
         return torch.randint(2**62, (rows * repeats,)).tolist()
-    if isinstance(seed, int):
-        return [seed + r for r in range(rows * repeats)]
+    one = isinstance(seed, int | np.integer)
+    several = [] if one else seed.tolist() if isinstance(seed, torch.Tensor | np.ndarray) else seed
+    is_list = isinstance(several, list | tuple | range)
+    if isinstance(seed, bool) or not is_list or not all(type(s) is int or isinstance(s, np.integer) for s in several):
+        raise TypeError(f"generate: seed is {brief(seed)}; it must be an integer, or a list of one for each row")
+    if one:
+        return [int(seed) + r for r in range(rows * repeats)]
+    seed = several
     if len(seed) != rows:
-        raise ValueError(f"generate: {len(seed)} seeds for {rows} rows; give one, or one per row")
+        raise ValueError(f"generate: seed holds {len(seed)} numbers for {rows} rows; give one, or one per row")
     return [s + i for s in seed for i in range(repeats)]
 
 

@@ -501,7 +501,7 @@ class TestGenerationConfig:
         ({"max_length": 7}, "a prompt has 7 tokens; max_length is 7"),
         ({"num_return_sequences": 2}, "num_return_sequences is 2 and num_beams 1; there is one sequence for each beam"),
         ({"num_return_sequences": 3, "num_beams": 2, "do_sample": True}, "is 3 and num_beams 2; .* only by sampling"),
-        ({"seed": [1, 2, 3], "do_sample": True}, "3 seeds for 2 rows"),
+        ({"seed": [1, 2, 3], "do_sample": True}, "seed holds 3 numbers for 2 rows"),
         ({"attention_mask": torch.tensor([[1] * 7, [1, 0, 1, 1, 1, 1, 1]])}, "row 1 has a hole"),
         ({"attention_mask": torch.tensor([[1] * 7, [0] * 7])}, "a prompt is empty"),
         ({"streamer": object()}, "a streamer takes one row"),

@@ -1,0 +1,104 @@
+"""Every argument of the model's public functions, replaced by what it must not be: refused by name, or a result."""
+
+import pytest
+import torch
+from wrong_calls import WRONG, outcome, wrong_calls
+
+import model
+from model import GPT2Config
+from model.attention import attention
+
+SIZES = {"vocab_size": 31, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+MASK = torch.ones(2, 4, dtype=torch.long)
+TOKENS = {
+    "input_ids": IDS,
+    "attention_mask": MASK,
+    "position_ids": torch.arange(4).repeat(2, 1),
+    "token_type_ids": IDS.clone(),
+}
+CHOICES = {
+    "input_ids": IDS[None].clone(),
+    "mc_token_ids": torch.tensor([[3, 3]]),
+    "labels": IDS[None].clone(),
+    "mc_labels": torch.tensor([1]),
+}
+SPAN = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def config(**options):
+    return GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0, pad_token_id=0, **options)
+
+
+def made(name, **options):
+    torch.manual_seed(0)
+    return getattr(model, name)(config(**options)).eval()
+
+
+# name -> (the function, the arguments of a right call)
+CALLS = {
+    "GPT2": lambda: (made("GPT2").forward, {**TOKENS, "labels": IDS.clone()}),
+    "GPT2Model": lambda: (made("GPT2Model").forward, TOKENS),
+    "GPT2DoubleHeadsModel": lambda: (made("GPT2DoubleHeadsModel").forward, CHOICES),
+    "GPT2ForQuestionAnswering": lambda: (made("GPT2ForQuestionAnswering").forward, {**TOKENS, **SPAN}),
+    "GPT2ForSequenceClassification": lambda: (
+        made("GPT2ForSequenceClassification", num_labels=3).forward,
+        {**TOKENS, "labels": torch.tensor([0, 2])},
+    ),
+    "GPT2ForTokenClassification": lambda: (
+        made("GPT2ForTokenClassification", num_labels=3).forward,
+        {**TOKENS, "labels": IDS % 3},
+    ),
+    "attention": lambda: (
+        attention,
+        {
+            **dict(zip("qkv", torch.randn(3, 2, 2, 4, 16))),
+            "kv_start": ints(0, 1),
+            "kv_end": ints(4, 3),
+            "q_start": ints(0, 1),
+        },
+    ),
+    "GPT2Config": lambda: (GPT2Config, {**SIZES, "bos_token_id": 0, "eos_token_id": 0}),
+    "generate": lambda: (made("GPT2").generate, {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of ids outside the vocabulary, and of complex numbers
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_calls_are_refused_by_name_or_give_a_result(name):
+    function, arguments = CALLS[name]()
+    faults, count = [], 0
+    for argument, what, call in wrong_calls(function, arguments):
+        kind, result = outcome(function, (name, "GPT2", "attention_mask"), call)
+        count += 1
+        if kind == WRONG:
+            faults.append(f"{argument}, {what}: {result}")
+    assert not faults, "\n".join(faults)
+    assert count > 200
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        (1.0 - MASK) * -1e9,
+        torch.tensor([[0.0, 0.0, -1e9, -1e9]] * 2),
+        torch.tensor([[0.0, -float("inf"), 0.0, 0.0]] * 2),
+        torch.full((2, 4), torch.finfo(torch.float32).min),
+    ],
+    ids=["all visible", "right padding", "infinite", "all hidden"],
+)
+def test_a_mask_that_is_added_to_scores_is_recognised(mask):
+    gpt2 = made("GPT2")
+    for call in (gpt2, lambda *args, **kw: gpt2.generate(*args, max_new_tokens=1, **kw)):
+        with pytest.raises(
+            ValueError, match=r"attention_mask: .* as in a mask that is added to scores; it must be 1 for"
+        ):
+            call(IDS, attention_mask=mask)
+    padded = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    expected = gpt2(IDS, attention_mask=padded).logits
+    for dtype in (torch.bool, torch.float32, torch.float16, torch.uint8):
+        assert torch.equal(gpt2(IDS, attention_mask=padded.to(dtype)).logits, expected)
