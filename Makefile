@@ -1,11 +1,11 @@
-# make sweep | make test | make lint | make gpu | make rehearse: each creates .venv on first use and needs nothing before it.
+# make sweep | make test | make lint | make gpu | make rehearse | make pins: each creates .venv on first use and needs nothing before it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: sweep test lint gpu rehearse clean
+.PHONY: sweep test lint gpu rehearse pins clean
 
 sweep: $(INSTALLED)
 	$(BIN)/python bench/attention_sweep.py $(ARGS)
@@ -27,10 +27,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The newest versions of all but torch and triton, in an environment of their own: run the tests before committing them.
+pins:
+	rm -rf .pins && $(PYTHON) -m venv .pins
+	grep -E '^(torch|triton)==' constraints.txt > .pins/kept.txt
+	.pins/bin/python -m pip install --quiet --disable-pip-version-check -c .pins/kept.txt -e '.[test,notebooks]'
+	.pins/bin/python tests/pins.py
+	rm -rf .pins
+
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,notebooks]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pins .pytest_cache .ruff_cache *.egg-info
