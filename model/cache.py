@@ -9,7 +9,9 @@ import copy
 
 import torch
 
+from kernels.checks import check_number
 from model.attention import attention
+from model.config import GPT2Config, brief
 
 STEP = 256  # slots by which the cache grows
 
@@ -60,6 +62,17 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, *, capacity=STEP, device=None, dtype=None):
+        if not isinstance(config, GPT2Config):
+            raise TypeError(f"KVCache: config is {brief(config)}; it must be a GPT2Config")
+        check_number("KVCache", batch_size, "batch_size", "from 0 to 2**31", lambda n: 0 <= n <= 2**31, integer=True)
+        check_number("KVCache", capacity, "capacity", "at least 0", lambda n: n >= 0, integer=True)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"KVCache: dtype is {brief(dtype)}; it must be a floating-point torch.dtype")
+        if device is not None:
+            try:
+                device = torch.device(device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"KVCache: device is {brief(device)}; it must be one of torch's") from error
         self.n_positions = config.n_positions
         shape = (config.n_layer, 2, batch_size, config.n_head, min(capacity, config.n_positions), config.head_dim)
         # Zeros: where rows differ in length, weights that are 0 meet values that were never written; 0 * NaN is NaN.

@@ -129,6 +129,9 @@ def register_attention(name, *, replace=False, package=None, **capabilities):
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"register_attention: name is {name!r}; it must be a string, as in @register_attention('mine')")
+    check_flag("register_attention", replace, "replace")
+    if package is not None and not (isinstance(package, str) and package.isidentifier()):
+        raise TypeError(f"register_attention: package is {brief(package)}; it must be the name of a package, or None")
     if name == "auto":
         raise ValueError("register_attention: 'auto' is the registry's own choice and cannot be a backend's name")
     if name in _BACKENDS and not replace:

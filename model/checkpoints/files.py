@@ -21,6 +21,11 @@ _STATE_DICTS = ("model", "state_dict", "model_state_dict")  # keys of a pickle t
 _MOST_READS = 100  # of a directory that is saved to all the while
 
 
+def check_path(function, name, value):
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{function}: {name} is {value!r:.60}; it must be a path, as a str or a Path")
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a checkpoint's files come from: a directory, or a repository of the Hub through its cache."""
@@ -30,6 +35,9 @@ class Source:
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
     token: str | bool | None = None
+
+    def __post_init__(self):
+        check_path("from_pretrained", "name_or_path", self.name_or_path)
 
     def find(self, filename):
         """The path of a file, fetched if it must be, or None if the checkpoint has no such file."""

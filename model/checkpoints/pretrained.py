@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.checkpoints.files import Source, blame, listed, read_checkpoint
+from model.checkpoints.files import Source, blame, check_path, listed, read_checkpoint
 from model.checkpoints.saving import save_checkpoint
 from model.config import GPT2Config
 from model.layers.embeddings import TokenEmbeddings
@@ -155,6 +155,10 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
             model = cls(config, attn_implementation=attn_implementation)
         model.set_kernel_implementation(kernel_implementation)
         dtype = torch_dtype if torch_dtype is not None else dtype
+        if not isinstance(dtype, str | torch.dtype | None):
+            raise TypeError(f"from_pretrained: dtype is {dtype!r:.60}; it must be a torch.dtype, its name, or 'auto'")
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise ValueError(f"from_pretrained: dtype is {dtype}; weights must be floating-point")
         if isinstance(dtype, str):
             dtype = config.dtype if dtype == "auto" else replace(config, dtype=dtype).dtype
         with blame(stored.weights_path):
@@ -169,6 +173,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         At every instant the directory loads as what it held before, or as this model: model/checkpoints/saving.py.
         max_shard_size: bytes, or words such as "2GB": larger checkpoints are written as shards with an index.
         """
+        check_path("save_pretrained", "directory", directory)
         self.config.architectures = [ARCHITECTURES.get(type(self).__name__, type(self).__name__)]
         self.config.dtype = self.dtype
         tensors, is_tied = _own_tensors(self)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from model.config import brief
+
 MEAN_SPREAD = 1e-9  # variance of new rows, as a share of the old rows'; Hewitt 2021, "Initializing New Word Embeddings"
 _ROWS_AT_ONCE = 64
 
@@ -46,9 +48,11 @@ class TokenEmbeddings:
         where = f"{type(self).__name__}.resize_token_embeddings"
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         rows = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
-        for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", pad_to_multiple_of or 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{where}: {name} is {value!r}; it must be a positive integer")
+        for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if name == "pad_to_multiple_of" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise ValueError(f"{where}: {name} is {brief(value)}; it must be a positive integer below 2**31")
         rows = -(-rows // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
         if rows == embedding.num_embeddings:
             return embedding

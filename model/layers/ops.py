@@ -38,7 +38,7 @@ def activation(name, field="activation_function"):
 
 def check_kernels_name(name):
     """Raises ValueError unless `name` is one of KERNEL_IMPLEMENTATIONS; returns it."""
-    if name not in KERNEL_IMPLEMENTATIONS:
+    if not isinstance(name, str) or name not in KERNEL_IMPLEMENTATIONS:
         raise ValueError(
             f"kernel_implementation={name!r} is unknown; choose one of: {', '.join(KERNEL_IMPLEMENTATIONS)}"
         )

@@ -5,8 +5,9 @@ import torch
 from wrong_calls import WRONG, outcome, wrong_calls
 
 import model
-from model import GPT2Config
-from model.attention import attention
+from model import GPT2Config, register_attention
+from model.attention import attention, registry
+from model.cache import KVCache
 
 SIZES = {"vocab_size": 31, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -39,6 +40,11 @@ def made(name, **options):
     return getattr(model, name)(config(**options)).eval()
 
 
+def register(name, replace=False, package=None, padding=False, dropout=False):
+    decorate = register_attention(name, replace=replace, package=package, padding=padding, dropout=dropout)
+    return decorate(lambda q, k, v, **options: None)
+
+
 # name -> (the function, the arguments of a right call)
 CALLS = {
     "GPT2": lambda: (made("GPT2").forward, {**TOKENS, "labels": IDS.clone()}),
@@ -63,20 +69,45 @@ CALLS = {
         },
     ),
     "GPT2Config": lambda: (GPT2Config, {**SIZES, "bos_token_id": 0, "eos_token_id": 0}),
+    "KVCache": lambda: (KVCache, {"config": config(), "batch_size": 2, "capacity": 4}),
+    "register_attention": lambda: (
+        register,
+        {"name": "never called", "replace": True},
+    ),
+    "resize_token_embeddings": lambda: (made("GPT2").resize_token_embeddings, {"new_num_tokens": 31}),
     "generate": lambda: (made("GPT2").generate, {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 2}),
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # of ids outside the vocabulary, and of complex numbers
 @pytest.mark.parametrize("name", CALLS)
-def test_wrong_calls_are_refused_by_name_or_give_a_result(name):
+def test_wrong_calls_are_refused_by_name_or_give_a_result(name, monkeypatch):
     function, arguments = CALLS[name]()
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    monkeypatch.setattr(registry, "_NOT_INSTALLED", dict(registry._NOT_INSTALLED))
     faults, count = [], 0
     for argument, what, call in wrong_calls(function, arguments):
         kind, result = outcome(function, (name, "GPT2", "attention_mask"), call)
         count += 1
         if kind == WRONG:
             faults.append(f"{argument}, {what}: {result}")
+    assert not faults, "\n".join(faults)
+    assert count > 30
+
+
+def test_wrong_calls_of_files_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    gpt2 = made("GPT2")
+    gpt2.save_pretrained("saved")
+    calls = ((gpt2.save_pretrained, {"directory": "again"}), (model.GPT2.from_pretrained, {"name_or_path": "saved"}))
+    faults, count = [], 0
+    for function, arguments in calls:
+        for argument, what, call in wrong_calls(function, arguments):
+            kind, result = outcome(function, ("_pretrained", "GPT2", "_implementation"), call)
+            count += 1
+            if kind == WRONG and not (argument in ("name_or_path", "config") and "FileNotFoundError" in result):
+                faults.append(f"{argument}, {what}: {result}")
     assert not faults, "\n".join(faults)
     assert count > 200
 
