@@ -37,7 +37,7 @@ _ROW_ALIGNMENT = 64  # logits: rows start on a cache line, whatever V is
 
 def _torch_counts(target, class_weight, V, ignore_index, reduction):
     if reduction != "mean":
-        return torch.empty(0, device=target.device)
+        return torch.empty(0, dtype=torch.float32, device=target.device)
     counted = target != ignore_index
     n = counted.sum().float()
     if class_weight is None:
@@ -60,7 +60,7 @@ def _torch_rows(logits, target, class_weight, counts, options, losses, *, dloss=
     w = None if class_weight is None else class_weight.float()
     w_target = torch.ones_like(lse) if w is None else w[columns]
     total_weight = float(V) if w is None else w.sum()
-    ratio = counts[1] if counts.numel() and w is not None else torch.ones((), device=z.device)
+    ratio = counts[1] if counts.numel() and w is not None else lse.new_ones(())
     loss = w_target * (lse - x_target)
     smoothing = options.label_smoothing
     if smoothing:

@@ -136,7 +136,7 @@ class Progress:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        return torch.zeros(len(ids), dtype=torch.bool)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     def rates(self, prompt_tokens, new_tokens):
         """Tokens/s (of prefill, of decode); None where there was nothing to time."""

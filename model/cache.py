@@ -32,7 +32,7 @@ class PerRow:
         elif len(set(numbers)) == 1:
             self.tensor.fill_(numbers[0])
         else:
-            self.tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
+            self.tensor.copy_(torch.tensor(numbers, dtype=torch.int32, device="cpu"))
         self.known = list(numbers)
         return self.tensor
 
@@ -113,6 +113,9 @@ class KVCache:
 
         Raises ValueError where n_positions has no room.
         """
+        if self.data.is_inference() and not torch.is_inference_mode_enabled():
+            self.data = self.data.clone()  # only inference mode may write to what it made
+            self._forget_device()
         needed = self.get_seq_length() + T
         if needed > self.n_positions:
             raise ValueError(

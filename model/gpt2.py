@@ -18,6 +18,7 @@ from model.generation.generate import GenerationMixin
 from model.inputs import (
     Padding,
     as_cache,
+    can_be_read,
     check_inputs,
     check_range,
     check_shape,
@@ -195,7 +196,8 @@ class GPT2Model(PretrainedModel):
         position_ids: [B, T] or [1, T], by default 0 to T - 1 after what the cache holds, also where the mask pads on
         the left. They choose position embeddings, nothing else. token_type_ids: [B, T], embedded by wte and added.
         past_key_values: a KVCache, extended in place; use_cache: whether to return one, by default if one was given, or
-        if config.use_cache and autograd is off. With a cache no graph is recorded.
+        if config.use_cache and autograd is off, but for torch.compile and torch.export. With a cache no graph is
+        recorded.
         A token or position id outside its table raises ValueError on a CPU; on a GPU the embedding kernel asserts.
         """
         check_inputs(
@@ -214,7 +216,8 @@ class GPT2Model(PretrainedModel):
         config = self.config
         cache = as_cache(past_key_values, config)
         if use_cache is None:
-            use_cache = cache is not None or (config.use_cache and not torch.is_grad_enabled())
+            keeps = config.use_cache and not torch.is_grad_enabled() and can_be_read(self.wte.weight)
+            use_cache = cache is not None or keeps
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
         output_attentions = _default(output_attentions, config.output_attentions)
         checkpointing = self.checkpointing if self.training and torch.is_grad_enabled() else None
@@ -404,7 +407,8 @@ GPT2LMHeadModel = GPT2
 
 def _compute_dtype(model):
     device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_mixed else model.dtype
 
 
 def active_p(dropout):

@@ -59,24 +59,27 @@ def padding_bounds(attention_mask, B, T):
     """A mask [B, T] of ones and zeros as bounds: the ones of row b are [kv_start[b], kv_end[b]), int32.
 
     (None, None) where there is no padding. Raises ValueError for another shape, a mask with holes, and one to be added
-    to scores, whose padding is a large negative number.
+    to scores, whose padding is a large negative number; while values cannot be read, traced or on "meta", there are
+    always bounds, and neither is noticed.
     """
     if attention_mask is None:
         return None, None
     if tuple(attention_mask.shape) != (B, T):
         raise ValueError(f"attention_mask: its shape is {tuple(attention_mask.shape)}; it must be [B, T] = {(B, T)}")
-    lowest = attention_mask.amin() if attention_mask.numel() else 1
-    if lowest > 0:
-        return None, None
     valid = attention_mask.bool()
-    is_added = attention_mask.is_floating_point() and not valid.any()
-    if is_added or not lowest >= 0:
-        raise ValueError(
-            f"attention_mask: its least value is {float(lowest):.4g}, as in a mask that is added to scores; it must be "
-            "1 for tokens and 0 for padding: (mask >= 0).long() makes one of the other"
-        )
+    if can_be_read(valid):
+        lowest = attention_mask.amin() if attention_mask.numel() else 1
+        if lowest > 0:
+            return None, None
+        if not lowest >= 0 or (attention_mask.is_floating_point() and not valid.any()):
+            raise ValueError(
+                f"attention_mask: its least value is {float(lowest):.4g}, as in a mask that is added to scores; "
+                "it must be 1 for tokens and 0 for padding: (mask >= 0).long() makes one of the other"
+            )
     count = valid.sum(-1, dtype=torch.int32)
     start = valid.int().argmax(-1).int()  # the first 1; 0 where there is none
+    if not can_be_read(valid):
+        return start, start + count
     is_one_run = (valid.cumsum(-1, dtype=torch.int32).argmax(-1) + 1 == start + count) | (count == 0)
     if not is_one_run.all():
         row = int(is_one_run.logical_not().int().argmax())
@@ -107,6 +110,11 @@ def new_tokens(attention_mask, B, T, cache):
             )
         cache.starts = starts
     return end.tolist()
+
+
+def can_be_read(tensor):
+    """Whether Python can branch on a tensor's values: not where torch.compile or torch.export traces, nor on "meta"."""
+    return not (tensor.is_meta or torch.compiler.is_compiling())
 
 
 def as_cache(past, config):

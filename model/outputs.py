@@ -7,12 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
+from torch.utils import _pytree as pytree
 
 from model.cache import KVCache
 
 
 class ModelOutput(Mapping):
     """Base of the outputs: `out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, `out.to_tuple()`."""
+
+    def __init_subclass__(cls):
+        """torch.export, DistributedDataParallel and others find the tensors in an output by its pytree."""
+        super().__init_subclass__()
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output)),
+            lambda values, names: cls(**dict(zip(names, values))),
+            serialized_type_name=name,
+            flatten_with_keys_fn=lambda output: ([(pytree.GetAttrKey(k), v) for k, v in output.items()], list(output)),
+        )
 
     def __getitem__(self, key):
         if not isinstance(key, str):

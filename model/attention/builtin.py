@@ -32,10 +32,11 @@ def sdpa(q, k, v, *, scale, causal, kv_start, kv_end, q_start, dropout_p, upcast
     """
     T_q, T_k = q.shape[-2], k.shape[-2]
     padded = kv_start is not None or kv_end is not None or q_start is not None
-    if not padded and (not causal or T_q == 1 or T_q == T_k):
-        # torch aligns is_causal top-left, which agrees with the contract only where the lengths are equal.
-        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal and T_q == T_k, scale=scale)
-        return o, None
+    # torch aligns is_causal top-left, which agrees with the contract only where the lengths are equal.
+    if not padded and causal and T_q == T_k:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale), None
+    if not padded and (not causal or T_q == 1):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale), None
     visible = reference.visible_keys(
         T_q, T_k, causal=causal, kv_start=kv_start, kv_end=kv_end, q_start=q_start, device=q.device
     )

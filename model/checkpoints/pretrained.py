@@ -113,6 +113,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
                 module.kernel_implementation = name
 
     @classmethod
+    @torch.inference_mode(False)  # weights made in that mode could never be trained
     def from_pretrained(
         cls,
         name_or_path,
@@ -129,13 +130,19 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         token=None,
         **overrides,
     ):
-        """A model with the weights of a directory or of a Hub repository, in eval mode.
+        """A model with the weights of a directory or of a Hub repository, in eval mode, on torch's default device.
 
         dtype: of the weights; "auto", as in transformers 5, takes config.json's, or else the one they are stored in.
         torch_dtype is its old name. overrides: fields of the config. Raises FileNotFoundError where a file is missing,
         ValueError for a damaged file, a missing or (unless strict=False) unexpected key, a tensor of another shape.
         Where a model of model/heads.py finds nothing of its head, it initialises it, and a logged warning says so.
         """
+        device = torch.get_default_device()
+        if device.type == "meta":
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: torch's default device is meta, which holds no weights; call it "
+                f"elsewhere, or make a model without weights by {cls.__name__}(config)"
+            )
         source = Source(name_or_path, revision, cache_dir, local_files_only, token)
         unknown = sorted(overrides.keys() - GPT2Config.names())
         if unknown:
@@ -163,6 +170,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
             dtype = config.dtype if dtype == "auto" else replace(config, dtype=dtype).dtype
         with blame(stored.weights_path):
             load_weights(model, stored.tensors, dtype=dtype, strict=strict)
+        model.to(device)
         model.config.dtype = model.dtype
         model.read_beside(source)
         return model.eval()

@@ -34,7 +34,8 @@ def _sample(total, count, generators):
     The largest sums with Gumbel noise are such draws (Kool et al. 2019, "Stochastic Beams and Where to Find Them").
     The noise of a row is its own generator's, drawn on the CPU: the same for each device and any neighbours.
     """
-    waits = [torch.empty(total.shape[1], dtype=torch.float64).exponential_(generator=g) for g in generators]
+    blank = torch.empty(total.shape[1], dtype=torch.float64, device="cpu")
+    waits = [blank.clone().exponential_(generator=g) for g in generators]
     return (total - torch.stack(waits).log().to(total.device)).topk(count).indices
 
 
@@ -57,9 +58,9 @@ def beam_search(
     device = ids.device
     running = torch.full((B, N, max_length), fill, device=device)
     running[:, :, :L] = ids[:, None]
-    running_scores = torch.full((B, N), UNLIKELY, device=device)
+    running_scores = torch.full((B, N), UNLIKELY, dtype=torch.float32, device=device)
     running_scores[:, 0] = 0.0  # the beams of a prompt are equal at first: count one
-    best = _Finished(running.clone(), torch.full((B, N), UNLIKELY, device=device))
+    best = _Finished(running.clone(), running_scores.new_full((B, N), UNLIKELY))
     improvable = torch.ones(B, 1, dtype=torch.bool, device=device)
     logits = logits.repeat_interleave(N, 0)
     reorder(torch.arange(B, device=device).repeat_interleave(N))

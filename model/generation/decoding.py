@@ -52,7 +52,7 @@ class Decoding:
         seeds = row_seeds(seed, len(self.prompts), repeats)
         logits = self.prefill(self.prompts)
         if repeats > 1:
-            rows = torch.arange(len(self.prompts)).repeat_interleave(repeats)
+            rows = torch.arange(len(self.prompts), device="cpu").repeat_interleave(repeats)
             self.prompts = [self.prompts[r] for r in rows]
             self.budgets = [self.budgets[r] for r in rows]
             self.cache.reorder(rows)
@@ -158,7 +158,7 @@ class Decoding:
         """Beam search or sampling; prompts of different lengths one after the other, as each would go alone."""
         settings, generators = self.settings, [None] * len(self.prompts)
         if settings.do_sample:
-            generators = [torch.Generator().manual_seed(s) for s in row_seeds(seed, len(self.prompts), 1)]
+            generators = [torch.Generator("cpu").manual_seed(s) for s in row_seeds(seed, len(self.prompts), 1)]
         warpers = build_warpers(settings, at_least=max(2, 1 + len(self.eos)))  # so that one of them does not end
         groups = [range(len(self.prompts))]
         if len(set(map(len, self.prompts))) > 1:

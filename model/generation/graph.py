@@ -90,7 +90,7 @@ class DecodeStep:
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.lengths = PerRow(B, device)
         self.data = KVCache(config, B, capacity=capacity, device=device, dtype=model.dtype).data
-        self.logits = torch.zeros(B, config.vocab_size, device=device)
+        self.logits = torch.zeros(B, config.vocab_size, dtype=torch.float32, device=device)
 
     def run(self, model):
         x = model.transformer(self.ids, past_key_values=self, return_dict=True).last_hidden_state  # [B, 1, C]

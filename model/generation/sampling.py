@@ -215,7 +215,7 @@ def build_warpers(settings, at_least=1):
 def row_seeds(seed, rows, repeats):
     """One seed per sequence, rows * repeats of them; from a single seed s, sequence r has s + r."""
     if seed is None:
-        return torch.randint(2**62, (rows * repeats,)).tolist()
+        return torch.randint(2**62, (rows * repeats,), device="cpu").tolist()
     one = isinstance(seed, int | np.integer)
     several = [] if one else seed.tolist() if isinstance(seed, torch.Tensor | np.ndarray) else seed
     is_list = isinstance(several, list | tuple | range)
@@ -231,7 +231,8 @@ def row_seeds(seed, rows, repeats):
 
 def uniform_draws(seeds, steps, device):
     """Uniform numbers [R, steps] in [0, 1): a generator per row, on the CPU, so the same for every device."""
-    draws = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    draws = [torch.rand(steps, generator=torch.Generator("cpu").manual_seed(seed), **kind) for seed in seeds]
     return torch.stack(draws).double().to(device)
 
 

@@ -71,6 +71,7 @@ class TokenEmbeddings:
         return head is not None and head.weight is self.get_input_embeddings().weight
 
 
+@torch.inference_mode(False)  # a weight made in that mode could never be trained
 @torch.no_grad()
 def _resized(weight, rows, std):
     """A parameter [rows, C] that begins as weight [V, C] does; std None draws new rows around the old ones' mean."""
@@ -83,6 +84,6 @@ def _resized(weight, rows, std):
         mean = weight.float().mean(0)  # [C]
         centred = weight.float() - mean  # [V, C]; sums of its rows with random factors have the old rows' covariance
         for added in new[V:].split(_ROWS_AT_ONCE):
-            factors = torch.randn(len(added), V, device=weight.device) * (MEAN_SPREAD / V) ** 0.5
+            factors = torch.randn(len(added), V, dtype=torch.float32, device=weight.device) * (MEAN_SPREAD / V) ** 0.5
             added.copy_(mean + factors @ centred)
     return nn.Parameter(new, requires_grad=weight.requires_grad)

@@ -37,7 +37,7 @@ class PackedWeight:
         self.fingerprint = _fingerprint(weight)
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(out_in.detach(), 8)
         # Where the sum is long, oneDNN splits it for a single row and not for several.
-        rows = torch.linspace(-1, 1, 2 * out_in.shape[1]).view(2, -1)
+        rows = torch.linspace(-1, 1, 2 * out_in.shape[1], dtype=out_in.dtype, device=out_in.device).view(2, -1)
         one, two = (_product(rows[:M], self.blocks, None) for M in (1, 2))
         self.needs_two_rows = not torch.equal(one[0], two[0])
 
@@ -53,9 +53,10 @@ class PackedWeight:
 
 
 def serves(x, weight):
-    """Whether the product of x with weight is one for oneDNN: fp32 on a CPU, outside autograd."""
+    """Whether the product of x with weight is one for oneDNN: fp32 on a CPU, outside autograd and torch.compile."""
     return (
-        x.device.type == weight.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()

@@ -1,10 +1,12 @@
-"""torch.compile traces the whole model, kernels and all, without a graph break, and gives the same bits."""
+"""torch.compile and torch.export trace the whole model without a graph break, and it computes what it does eagerly."""
 
 import pytest
 import torch
 from lanes import across_lanes
+from peers import padded_batch, spread, tiny_config
+from torch.utils import _pytree as pytree
 
-from model import GPT2, GPT2Config
+from model import GPT2, GPT2Config, GPT2ForQuestionAnswering, GPT2ForSequenceClassification, outputs
 
 
 @across_lanes(lanes=("interpret", "gpu"))
@@ -33,3 +35,71 @@ def test_a_training_step_is_one_graph(lane, kernels, pdrop):
 
     for eager, traced in zip(step(model), step(compiled)):
         assert torch.equal(eager, traced)
+
+
+PADDINGS = ["none", "left"]
+
+
+def inputs(lengths, T, padding):
+    ids, mask = padded_batch(101, lengths, T, side="right" if padding == "none" else padding)
+    return {"input_ids": ids} if padding == "none" else {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_same_logits(found, expected, attention_mask=None, **_):
+    valid = ... if attention_mask is None else attention_mask.bool()
+    torch.testing.assert_close(found.logits[valid], expected.logits[valid], rtol=0, atol=1e-5)
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+class TestWithoutAutograd:
+    """oneDNN's products, the default cache and reading the mask were a graph break each."""
+
+    @torch.no_grad()
+    def test_a_forward_pass_is_one_graph_for_all_sizes(self, backend, padding):
+        torch._dynamo.reset()
+        model = spread(GPT2(tiny_config(n_layer=1), attn_implementation=backend)).eval()
+        compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+        for lengths, T in (([7, 4], 7), ([11, 11, 2], 11)):
+            given = inputs(lengths, T, padding)
+            assert_same_logits(compiled(**given), model(**given), **given)
+
+    @torch.no_grad()
+    def test_an_exported_model_takes_all_sizes(self, backend, padding):
+        model = spread(GPT2(tiny_config(n_layer=1), attn_implementation=backend)).eval()
+        B, T = torch.export.Dim("B", max=64), torch.export.Dim("T", min=2, max=64)
+        given = inputs([7, 4], 7, padding)
+        program = torch.export.export(model, (), given, dynamic_shapes={name: {0: B, 1: T} for name in given})
+        for other in (given, inputs([1, 13, 9], 13, padding)):
+            assert_same_logits(program.module()(**other), model(**other), **other)
+
+
+@pytest.mark.parametrize("cls", [GPT2ForSequenceClassification, GPT2ForQuestionAnswering])
+@torch.no_grad()
+def test_other_heads_are_exported(cls):
+    model = spread(cls(tiny_config(n_layer=1, pad_token_id=0))).eval()
+    given = inputs([7, 4], 7, "right")
+    T = torch.export.Dim("T", min=2, max=64)
+    program = torch.export.export(model, (), given, dynamic_shapes={name: {1: T} for name in given})
+    given = inputs([9, 2], 9, "right")
+    valid = given["attention_mask"].bool()
+    for name, found in program.module()(**given).items():
+        expected = model(**given)[name]
+        rows = ... if found.shape != valid.shape else valid
+        torch.testing.assert_close(found[rows], expected[rows], rtol=0, atol=1e-5)
+
+
+OUTPUTS = [cls for cls in vars(outputs).values() if isinstance(cls, type) and issubclass(cls, outputs.ModelOutput)]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in OUTPUTS if cls is not outputs.ModelOutput])
+def test_outputs_are_pytrees(cls):
+    names = list(cls.__dataclass_fields__)
+    output = cls(**{names[0]: torch.ones(2), names[-1]: (torch.zeros(3),)})
+    doubled = pytree.tree_map(lambda tensor: 2 * tensor, output)
+    assert type(doubled) is cls
+    assert list(doubled) == [names[0], names[-1]]  # what was None still is
+    assert torch.equal(doubled[0], 2 * output[0])
+    spec = pytree.tree_structure(output)
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec  # as torch.export.save writes it
