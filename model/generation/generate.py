@@ -3,6 +3,7 @@
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model.config import SPECIAL_TOKENS, brief
@@ -194,11 +195,25 @@ class GenerationMixin:
         else:
             if attention_mask is not None:
                 raise ValueError("generate: attention_mask goes with a tensor; a list of prompts has no padding")
-            rows = [torch.as_tensor(row, dtype=torch.long, device=self.device) for row in input_ids]
+            if isinstance(input_ids, np.ndarray):
+                input_ids = input_ids.tolist()
+            if not isinstance(input_ids, list | tuple) or isinstance(next(iter(input_ids), []), int | float | str):
+                raise TypeError(
+                    f"generate: input_ids is {brief(input_ids)}; it must be a tensor [B, T], or a list of lists of ids"
+                )
+            rows = [torch.tensor(_prompt(row), dtype=torch.long, device=self.device) for row in input_ids]
         if not rows or not all(len(row) for row in rows):
             raise ValueError("generate: a prompt is empty; each needs at least one token")
         width = input_ids.shape[1] if isinstance(input_ids, torch.Tensor) else max(map(len, rows))
         return rows, width
+
+
+def _prompt(row):
+    """A prompt's ids, in a list, tuple, array or tensor, as a list."""
+    ids = row.tolist() if hasattr(row, "tolist") else row
+    if isinstance(ids, list | tuple) and any(isinstance(i, float | bool) for i in ids):
+        raise TypeError(f"generate: input_ids holds {brief(ids)}; ids are integers")
+    return token_ids("input_ids", ids)
 
 
 def _functions(name, given):

@@ -1,12 +1,14 @@
 """The settings of generate(), checked."""
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 
+import numpy as np
 import torch
 
-from model.config import token_list
+from model.config import brief, token_list
 
 _WHOLE = (
     "max_length",
@@ -91,15 +93,15 @@ class Settings:
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens >= 0, "at least 0"),
-            ("early_stopping", self.early_stopping in (True, False, "never"), 'True, False or "never"'),
+            ("early_stopping", _is_one_of(self.early_stopping, True, False, "never"), 'True, False or "never"'),
             (
                 "prefix_allowed_tokens_fn",
-                callable(self.prefix_allowed_tokens_fn or len),
+                self.prefix_allowed_tokens_fn is None or callable(self.prefix_allowed_tokens_fn),
                 "a function (row, ids) -> ids",
             ),
         ):
             if not is_right:
-                raise ValueError(f"generate: {name} is {getattr(self, name)!r}; it must be {required}")
+                raise ValueError(f"generate: {name} is {brief(getattr(self, name))}; it must be {required}")
         self.bad_words_ids = _words(self.bad_words_ids)
         self.suppress_tokens = token_ids("suppress_tokens", self.suppress_tokens)
         self.sequence_bias = _biases(self.sequence_bias)
@@ -120,6 +122,8 @@ class Settings:
 
     def check_vocabulary(self, V):
         """Raises ValueError where a setting names a token that a vocabulary of V does not have."""
+        if self.num_beams > V:
+            raise ValueError(f"generate: num_beams is {self.num_beams}; it must be at most {V}, the vocabulary's size")
         named = {
             "bad_words_ids": [i for word in self.bad_words_ids for i in word],
             "suppress_tokens": self.suppress_tokens,
@@ -156,21 +160,25 @@ def token_ids(name, value):
     """None, an id, or several in a list, tuple, array or tensor, as a list of ids."""
     if hasattr(value, "tolist"):  # a tensor or an array
         value = value.tolist()
-    if isinstance(value, str | dict):
-        raise TypeError(f"generate: {name} is {value!r}; a token id or a list of them is required")
+    if not (value is None or isinstance(value, int | list | tuple | range | set | frozenset)):
+        raise TypeError(f"generate: {name} is {brief(value)}; a token id or a list of them is required")
     return [_whole(name, token) for token in token_list(value)]
 
 
 def _whole(name, value):
     """A number without a fraction, of any type, as an int."""
     try:
-        if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
-            if float(value) != int(value):
-                raise ValueError(f"generate: {name} is {value!r}; it must be a whole number")
+        if isinstance(value, torch.Tensor | np.ndarray):
+            if math.prod(value.shape) != 1:
+                raise TypeError
+            value = value.reshape(-1).tolist()[0]
+        if isinstance(value, float | np.floating):
+            if not float(value).is_integer():
+                raise ValueError(f"generate: {name} is {brief(value)}; it must be a whole number")
             return int(value)
-        return operator.index(value.item() if hasattr(value, "item") else value)
-    except (TypeError, OverflowError, RuntimeError):
-        raise TypeError(f"generate: {name} is {value!r}; it must be an integer") from None
+        return operator.index(value)
+    except (TypeError, OverflowError):
+        raise TypeError(f"generate: {name} is {brief(value)}; it must be an integer") from None
 
 
 def _number(name, value):
@@ -183,9 +191,13 @@ def _number(name, value):
 
 
 def _flag(name, value):
-    if value not in (True, False):
-        raise TypeError(f"generate: {name} is {value!r}; it must be True or False")
+    if not _is_one_of(value, True, False):
+        raise TypeError(f"generate: {name} is {brief(value)}; it must be True or False")
     return bool(value)
+
+
+def _is_one_of(value, *allowed):
+    return not isinstance(value, torch.Tensor | np.ndarray) and value in allowed
 
 
 def _words(value):

@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from model.config import brief
+
 
 class Stops:
     """Whether rows of ids end: with an EOS token, a stop string, by the caller's criteria, after max_time seconds."""
@@ -11,7 +13,9 @@ class Stops:
     def __init__(self, eos, strings=None, tokenizer=None, criteria=None, max_time=None):
         self.deadline = None if max_time is None else time.monotonic() + max_time
         self.eos = eos
-        self.strings = [strings] if isinstance(strings, str) else list(strings or ())
+        self.strings = [strings] if isinstance(strings, str) else [] if strings is None else strings
+        if not isinstance(self.strings, list | tuple) or not all(isinstance(s, str) and s for s in self.strings):
+            raise TypeError(f"generate: stop_strings is {brief(strings)}; it must be a string, or a list of them")
         self.tokenizer = tokenizer
         self.criteria = list(criteria or ())
         if self.strings and tokenizer is None:

@@ -1,13 +1,16 @@
 """Every argument of the model's public functions, replaced by what it must not be: refused by name, or a result."""
 
+from dataclasses import fields
+
 import pytest
 import torch
-from wrong_calls import WRONG, outcome, wrong_calls
+from wrong_calls import WRONG, mutations, outcome, wrong_calls
 
 import model
 from model import GPT2Config, register_attention
 from model.attention import attention, registry
 from model.cache import KVCache
+from model.generation.settings import Settings
 
 SIZES = {"vocab_size": 31, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -93,6 +96,37 @@ def test_wrong_calls_are_refused_by_name_or_give_a_result(name, monkeypatch):
             faults.append(f"{argument}, {what}: {result}")
     assert not faults, "\n".join(faults)
     assert count > 30
+
+
+SETTINGS = [f.name for f in fields(Settings)]
+OTHERS = ["generation_config", "streamer", "inputs", "stop_strings", "bos_token_id", "eos_token_id", "pad_token_id"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_settings_of_generate_are_refused_by_name_or_give_a_result():
+    gpt2, faults, count = made("GPT2"), [], 0
+    for name in SETTINGS + OTHERS:
+        for what, other in mutations(None, required=True):
+            call = {"input_ids": IDS, "max_new_tokens": 2, name: other}
+            if name == "inputs":
+                del call["input_ids"]
+            kind, result = outcome(lambda call: gpt2.generate(**call), ("generate", "GenerationConfig"), {"call": call})
+            count += 1
+            named = result is None or any(word in str(result) for word in (name, "input_ids", "n_positions"))
+            if kind == WRONG and (name, what) != ("prefix_allowed_tokens_fn", "type") and not _promised(result, named):
+                faults.append(f"{name}, {what}: {result}")
+    assert not faults, "\n".join(faults)
+    assert count > 700
+
+
+def _promised(result, named):
+    return named and result.startswith(("TypeError: generate", "ValueError: generate", "ValueError: attention_mask"))
+
+
+@pytest.mark.parametrize("prompts", [[[1.0, 2.0]], [[1, 2.5]], torch.tensor([[1.0, 2.0]]), [[True, 2]], [["a"]], ["a"]])
+def test_prompts_are_integers(prompts):
+    with pytest.raises(TypeError, match="generate: input_ids"):
+        made("GPT2").generate(prompts, max_new_tokens=1)
 
 
 def test_wrong_calls_of_files_are_refused_by_name(tmp_path, monkeypatch):
