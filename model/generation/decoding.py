@@ -126,6 +126,8 @@ class Decoding:
 
     def prefill(self, prompts):
         """Logits [R, V] after each prompt; fills a new cache."""
+        if self.model.device.type == "meta":
+            raise ValueError("generate: the weights are on device meta; they hold no values, so no token can be chosen")
         if self.settings.sliding_window:
             prompts = [prompt[-self.model.config.n_positions :] for prompt in prompts]
         T = max(map(len, prompts))

@@ -92,8 +92,6 @@ class GenerationMixin:
         Raises ValueError or TypeError before any work where an argument is wrong or a row would outgrow n_positions.
         On a CPU in fp32 the weights are packed at the first call, which takes a second copy of them in memory.
         """
-        if self.device.type == "meta":
-            raise ValueError("generate: the weights are on device meta; they hold no values, so no token can be chosen")
         if inputs is not None and input_ids is not None:
             raise ValueError("generate: inputs is another name of input_ids; give one of them")
         input_ids = inputs if input_ids is None else input_ids
