@@ -60,9 +60,9 @@ ATTENTION = {
     },
     # 227 KB of shared memory and WGMMA, which wants 64 rows per group of four warps (H100, H200, B200).
     "sm_90": {
-        # 6.9, 10.3, 14.3; 1 block each. At D = 64 128 x 64 holds two blocks but takes 7.6; 64 x 128 takes 7.0 and holds
-        # two, but reads k and v twice as often; 128 x 128 by 4 warps waits after each WGMMA.
-        ("forward", 2): {64: C(128, 128, 8, 3), 128: C(128, 64, 8, 3), 256: C(128, 64, 8, 2)},
+        # 8.6, 10.3, 14.3; 2, 1, 1 blocks. At D = 64 128 x 128 takes 6.9 but holds one block: on an H100 this takes 11 to
+        # 28% less time, T = 128 to 8192 (bench/results/nvidia-h100-80gb-hbm3/NOTES.md). 64 rows re-read k and v twice.
+        ("forward", 2): {64: C(128, 64, 8, 3), 128: C(128, 64, 8, 3), 256: C(128, 64, 8, 2)},
         # 6.9, 9.7, 52.2; 2, 2, 1 blocks. 64 x 128 at D = 64 takes 6.6 but re-reads twice as much.
         ("dq", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
         # 8.7, 24.8, 76.8; 2, 1, 1 blocks. dk and dv fill the registers: larger tiles spill, and at D = 256 WGMMA's do.
