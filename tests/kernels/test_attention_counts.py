@@ -39,8 +39,8 @@ def launches():
 
 # SASS instructions of the unmasked loop per score of a thread (BLOCK_M * BLOCK_N / threads of them), as compiled by
 # Triton 3.7.1; 3.6 copies lse and delta in smaller pieces.
-# The forward kernel's least: FMNMX, FFMA, MUFU and FADD once each, F2FP and FMUL one half, 5.0 in all. Its tile is the
-# fastest on an H100, where two blocks per multiprocessor counted for more than the 6.9 of a tile that leaves room for one.
+# The forward kernel's least: FMNMX, FFMA, MUFU and FADD once each, F2FP and FMUL one half, 5.0 in all. Its tile
+# is the fastest on an H100: two blocks per multiprocessor count for more than 6.9 with room for one.
 @pytest.mark.simulate
 @pytest.mark.parametrize(("direction", "limit"), [("forward", 8.6), ("dq", 7.0), ("dkdv", 9.7 if TRITON_3_6 else 8.7)])
 def test_the_unmasked_loop_is_short_and_holds_no_mask(launches, direction, limit):
