@@ -60,8 +60,8 @@ ATTENTION = {
     },
     # 227 KB of shared memory and WGMMA, which wants 64 rows per group of four warps (H100, H200, B200).
     "sm_90": {
-        # 8.6, 10.3, 14.3; 2, 1, 1 blocks. At D = 64 128 x 128 takes 6.9 but holds one block: on an H100 this takes 11
-        # to 28% less time (bench/results/nvidia-h100-80gb-hbm3/NOTES.md). 64 rows re-read k and v twice as often.
+        # 8.6, 10.3, 14.3; 2, 1, 1 blocks. At D = 64 128 x 128 takes 6.9 but holds one block: on an H100 this takes 13
+        # to 29% less time (bench/results/nvidia-h100-80gb-hbm3/NOTES.md). 64 rows re-read k and v twice as often.
         ("forward", 2): {64: C(128, 64, 8, 3), 128: C(128, 64, 8, 3), 256: C(128, 64, 8, 2)},
         # 6.9, 9.7, 52.2; 2, 2, 1 blocks. 64 x 128 at D = 64 takes 6.6 but re-reads twice as much.
         ("dq", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
