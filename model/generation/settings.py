@@ -134,11 +134,8 @@ class Settings:
             if wrong:
                 raise ValueError(f"generate: {name} names token {wrong[0]}; the vocabulary has 0 to {V - 1}")
 
-    def new_tokens(self, prompt_length, n_positions, first_position=0):
-        """How many tokens a prompt may be continued by. Raises ValueError where there are not enough positions.
-
-        first_position: where the prompt begins, if position_ids say it.
-        """
+    def new_tokens(self, prompt_length, n_positions):
+        """How many tokens a prompt may be continued by. Raises ValueError where there are not enough positions."""
         if self.max_new_tokens is not None:
             new = self.max_new_tokens
         elif self.max_length is not None:
@@ -146,8 +143,8 @@ class Settings:
             if new < 1:
                 raise ValueError(f"generate: a prompt has {prompt_length} tokens; max_length is {self.max_length}")
         else:
-            new = max(1, min(20, n_positions - prompt_length - first_position))  # Hugging Face's default
-        needed = first_position + prompt_length + new - 1  # the last token is not fed back
+            new = max(1, min(20, n_positions - prompt_length))  # Hugging Face's default
+        needed = prompt_length + new - 1  # the last token is not fed back
         if needed > n_positions and not self.sliding_window:
             raise ValueError(
                 f"generate: a prompt of {prompt_length} tokens and {new} new ones need {needed} positions; n_positions "
