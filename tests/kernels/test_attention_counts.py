@@ -50,7 +50,7 @@ def launches():
 # SASS instructions of the unmasked loop per score of a thread (BLOCK_M * BLOCK_N / threads of them), as compiled by
 # Triton 3.7.1; 3.6 copies lse and delta in smaller pieces.
 # The forward kernel's least: FMNMX, FFMA, MUFU and FADD once each, F2FP and FMUL one half, 5.0 in all. It is compiled
-# at 128 x 128, too, which takes fewest; the table's 128 x 64 takes more and is faster on an H100, by two blocks for one.
+# at 128 x 128, too, which takes fewest; the table's 128 x 64 is faster on an H100, where two blocks run at a time.
 @pytest.mark.simulate
 @pytest.mark.parametrize(
     ("direction", "limit"),
