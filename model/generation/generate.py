@@ -108,6 +108,10 @@ class GenerationMixin:
         settings.check_vocabulary(V)
         eos = [token for token in token_ids("eos_token_id", eos) if 0 <= token < V]  # others are never said
         pad = next(iter(token_ids("pad_token_id", pad)), None)
+        if pad is not None and not 0 <= pad < V:
+            raise ValueError(
+                f"generate: pad_token_id is {pad}; the vocabulary has 0 to {V - 1}: give one of them, or None"
+            )
         prompts, width = self._prompts(input_ids, attention_mask, bos, pad if pad not in eos else None)
         budgets = [settings.new_tokens(len(prompt), self.config.n_positions) for prompt in prompts]
         stopping_criteria = _functions("stopping_criteria", stopping_criteria)

@@ -501,6 +501,8 @@ class TestGenerationConfig:
         ({"max_length": 7}, "a prompt has 7 tokens; max_length is 7"),
         ({"num_return_sequences": 2}, "num_return_sequences is 2 and num_beams 1; there is one sequence for each beam"),
         ({"num_return_sequences": 3, "num_beams": 2, "do_sample": True}, "is 3 and num_beams 2; .* only by sampling"),
+        ({"pad_token_id": 101}, "pad_token_id is 101; the vocabulary has 0 to 100"),
+        ({"pad_token_id": -1}, "pad_token_id is -1; the vocabulary has 0 to 100"),
         ({"seed": [1, 2, 3], "do_sample": True}, "seed holds 3 numbers for 2 rows"),
         ({"attention_mask": torch.tensor([[1] * 7, [1, 0, 1, 1, 1, 1, 1]])}, "row 1 has a hole"),
         ({"attention_mask": torch.tensor([[1] * 7, [0] * 7])}, "a prompt is empty"),
