@@ -109,7 +109,7 @@ class Provider:
         """The library's own generate(): T tokens of prompt and NEW_TOKENS more, greedy. The call returns the ids."""
         (model, _), ids = self.use(), random_ids(self.ours, B, T)
         never = self.ours.config.vocab_size  # no such token: nothing ends early
-        options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": never, "pad_token_id": never, "do_sample": False}
+        options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": never, "pad_token_id": 0, "do_sample": False}
         options["attention_mask"] = torch.ones_like(ids)
         return lambda: model.generate(ids, **options)
 
