@@ -25,6 +25,7 @@ require("tokenizer")
 from tokenizer import GPT2Tokenizer
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+PADDED_VOCABULARY = 50304  # to a multiple of 128: nanoGPT and others pad embeddings, not tokenizers
 
 
 def parse(arguments):
@@ -120,8 +121,22 @@ def load(options):
         model = GPT2.from_pretrained(options.model, attn_implementation=options.attn, dtype=dtype).to(device)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; --random-weights needs no checkpoint") from error
-    has_tokenizer = any((Path(options.model) / name).is_file() for name in ("tokenizer.json", "merges.txt"))
-    return model, GPT2Tokenizer.from_pretrained(options.model if has_tokenizer else "gpt2")
+    return model, tokenizer_of(options.model, model)
+
+
+def tokenizer_of(name, model):
+    """The checkpoint's tokenizer; where it has none, GPT-2's, and stderr says so. ValueError if that cannot be its."""
+    try:
+        return GPT2Tokenizer.from_pretrained(name)
+    except FileNotFoundError:
+        tokenizer, V = GPT2Tokenizer.from_pretrained("gpt2"), model.config.vocab_size
+    if not len(tokenizer) <= V <= PADDED_VOCABULARY:
+        raise ValueError(
+            f"{name} has no tokenizer, and its vocabulary of {V} tokens is not GPT-2's of {len(tokenizer)}: save the "
+            "one that it was trained with beside it, by tokenizer.save_pretrained"
+        )
+    print(f"model: {name} has no tokenizer; GPT-2's is taken", file=sys.stderr)
+    return tokenizer
 
 
 class Progress:
@@ -203,6 +218,8 @@ def run(options, prompts, model, tokenizer):
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
+            num_beams=1,  # whatever the checkpoint's generation_config says: it is one text, and streamed
+            num_return_sequences=1,
             prompt_lookup_num_tokens=options.lookup,
             sliding_window=options.sliding_window,
             streamer=teller,
@@ -221,7 +238,7 @@ def run(options, prompts, model, tokenizer):
 
 def until_end(text, prompt_length, model):
     """A row's ids up to its first EOS token, inclusive, without padding."""
-    eos = model.config.eos_token_id
+    eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, (list, tuple)) else [eos]
     return next((text[: i + 1] for i in range(prompt_length, len(text)) if text[i] in eos), text)
 

@@ -311,9 +311,11 @@ class GPT2Config:
             return cls.from_dict(read_json_object(path), **overrides)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw
+    ):
         """Reads the config.json of a directory or of a Hugging Face Hub repository; `kw` overrides its fields."""
-        source = Source(name_or_path, revision, cache_dir, local_files_only, token)
+        source = Source(pretrained_model_name_or_path, revision, cache_dir, local_files_only, token)
         return cls.from_json_file(source.require("config.json"), **kw)
 
     def to_dict(self):

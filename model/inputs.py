@@ -129,8 +129,8 @@ def as_cache(past, config):
         return KVCache.from_layers(config, past)
     if isinstance(past, torch.Tensor):
         raise TypeError(
-            "GPT2: past_key_values is a tensor; it is forward's second argument, as in transformers: pass a mask by "
-            "its name, attention_mask="
+            "GPT2: past_key_values is a tensor; it is forward's second argument, as in transformers: pass a mask or "
+            "labels by name, attention_mask= or labels="
         )
     raise TypeError(
         f"GPT2: past_key_values is a {type(past).__name__}; a KVCache, as the model returns it, or a tuple of (keys, "

@@ -108,7 +108,9 @@ class DoubleHeadsOutput(ModelOutput):
 class GenerateOutput(ModelOutput):
     """sequences [R, L]; sequences_scores [R] of beams; of each step: scores [R, V], as processed, and logits [R, V].
 
-
+    With N beams, R is B * N for what is of a step, and scores are log-probabilities of the next token alone.
+    attentions and hidden_states: of each forward pass a tuple, as BaseModelOutput has it: T tokens at first, then one
+    at a time. Prompts of several lengths T are there padded on the right.
     forward_passes: how often the model ran, prefill included.
     """
 
@@ -116,5 +118,7 @@ class GenerateOutput(ModelOutput):
     sequences_scores: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
     past_key_values: KVCache | None = None
     forward_passes: int | None = None

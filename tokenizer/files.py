@@ -190,7 +190,7 @@ def _from_tokenizer_json(files, declared):
 
 def _from_vocab_and_merges(files, declared, roles):
     if not (files.holds(VOCAB) and files.holds(MERGES)):
-        raise ValueError(f"{FUNCTION}: {files.name!r} has neither tokenizer.json nor vocab.json with merges.txt")
+        raise FileNotFoundError(f"{FUNCTION}: {files.name!r} has neither tokenizer.json nor vocab.json with merges.txt")
     where, names = files.label(VOCAB), files.object(VOCAB)
     special = {token: (names[token], True) for token in (END_OF_TEXT, *roles) if token in names}
     added = {token: (id, token in {END_OF_TEXT, *roles}) for token, id in files.object(ADDED).items()}
@@ -337,7 +337,7 @@ class _Repository(_Files):
         if name not in self._found:
             try:
                 path = _on_hub(self.name, self._hub, name)
-            except ValueError:
+            except FileNotFoundError:
                 if name not in (ROLE_MAP, ADDED):  # few have these, and the cache does not always know who has not
                     raise
                 path = None
@@ -356,7 +356,7 @@ def _on_hub(name, hub, file):
         return hf_hub_download(name, file, **hub)
     except LocalEntryNotFoundError as error:
         # Also what huggingface_hub raises when it cannot reach the hub, so a missing file and a missing network differ.
-        raise ValueError(
+        raise FileNotFoundError(
             f"{FUNCTION}: {name!r} is no directory, and {file} of the hub repository of that name "
             f"is neither in the cache nor to be fetched: {error}"
         ) from error

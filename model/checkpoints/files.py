@@ -37,7 +37,7 @@ class Source:
     token: str | bool | None = None
 
     def __post_init__(self):
-        check_path("from_pretrained", "name_or_path", self.name_or_path)
+        check_path("from_pretrained", "pretrained_model_name_or_path", self.name_or_path)
 
     def find(self, filename):
         """The path of a file, fetched if it must be, or None if the checkpoint has no such file."""

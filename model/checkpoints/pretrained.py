@@ -116,7 +116,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
     @torch.inference_mode(False)  # weights made in that mode could never be trained
     def from_pretrained(
         cls,
-        name_or_path,
+        pretrained_model_name_or_path,
         *,
         config=None,
         attn_implementation="auto",
@@ -143,7 +143,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
                 f"{cls.__name__}.from_pretrained: torch's default device is meta, which holds no weights; call it "
                 f"elsewhere, or make a model without weights by {cls.__name__}(config)"
             )
-        source = Source(name_or_path, revision, cache_dir, local_files_only, token)
+        source = Source(pretrained_model_name_or_path, revision, cache_dir, local_files_only, token)
         unknown = sorted(overrides.keys() - GPT2Config.names())
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained: unexpected argument {unknown[0]!r}")

@@ -28,6 +28,20 @@ class _Finished:
         self.lengths = torch.cat((self.lengths, lengths), 1).gather(1, kept)
 
 
+class BeamRecord:
+    """What each step scored, where the settings want it: [B * N, V] in fp32, of the beams as they stood before it."""
+
+    def __init__(self, settings):
+        self.wants_scores, self.wants_logits = settings.output_scores, settings.output_logits
+        self.scores, self.logits = [], []
+
+    def add(self, logits, scores):
+        if self.wants_logits:
+            self.logits.append(logits)
+        if self.wants_scores:
+            self.scores.append(scores)
+
+
 def _sample(total, count, generators):
     """Draws `count` entries of each row of log-probabilities [B, M] without replacement: indices [B, count], in order.
 
@@ -40,7 +54,21 @@ def _sample(total, count, generators):
 
 
 def beam_search(
-    logits, step, reorder, ids, *, settings, max_length, eos, processors, warpers=(), generators=None, stops, fill, rows
+    logits,
+    step,
+    reorder,
+    ids,
+    *,
+    settings,
+    max_length,
+    eos,
+    processors,
+    warpers=(),
+    generators=None,
+    stops,
+    fill,
+    rows,
+    record,
 ):
     """The best sequences of each of B equally long prompts.
 
@@ -48,7 +76,7 @@ def beam_search(
     model's row r continue what row rows[r] was. ids [B, L]. Returns (sequences [B * R, at most max_length] filled with
     `fill`, scores [B * R]): log-probability divided by the length generated to the power of length_penalty.
 
-    rows: what the prompts are called in errors.
+    rows: what the prompts are called in errors. record: a BeamRecord, told of the log-probabilities of each step.
     generators: one for each prompt. With them the candidates of a step are drawn instead of being the best, by their
     log-probabilities after the warpers; these are also what is summed to the score.
     """
@@ -72,6 +100,7 @@ def beam_search(
             scores = process(flat, scores)
         for warp in warpers:
             scores = warp(scores)
+        record.add(logits, scores)
         total = (scores.view(B, N, V) + running_scores[:, :, None]).flatten(1)  # [B, N * V]
         failed = no_choice(total)
         if failed.any():

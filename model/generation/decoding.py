@@ -9,17 +9,18 @@ device, looks at the tokens every SYNC_EVERY steps alone; only a streamer, stop 
 see more of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from model.cache import KVCache
-from model.generation.beam import beam_search
+from model.generation.beam import BeamRecord, beam_search
 from model.generation.checks import ScoreCheck
 from model.generation.graph import GraphedSteps
 from model.generation.lookup import decode_with_lookup
+from model.generation.prompts import Prompts
 from model.generation.sampling import build_processors, build_warpers, draw, row_seeds, uniform_draws
-from model.generation.settings import Settings
+from model.generation.settings import OUTPUTS, Settings
 from model.generation.stopping import Stops
 from model.layers.observed import is_plain
 from model.outputs import GenerateOutput
@@ -33,30 +34,34 @@ class Decoding:
 
     model: torch.nn.Module
     settings: Settings
-    prompts: list
+    prompts: list  # the ids of each row
     width: int  # the column at which new tokens start
+    given: Prompts  # what is read of each row at first
     budgets: list
     stops: Stops
     eos: list
     processors: list  # the caller's own, after those of the settings
     streamer: object = None
     fill: int = 0
-    returns_cache: bool = False
     graphed: GraphedSteps | None = None
     cache: KVCache | None = None  # made by prefill
     forward_passes: int = 0
+    positions_ahead: torch.Tensor | None = None  # [B]: by how much a row's positions are ahead of its cache
+    passes: list = field(default_factory=list)  # (attentions, hidden states) of each forward pass, where wanted
 
     def choose_tokens(self, seed):
         """Greedy decoding or sampling, token by token."""
         settings, repeats = self.settings, self.settings.num_return_sequences
         seeds = row_seeds(seed, len(self.prompts), repeats)
-        logits = self.prefill(self.prompts)
+        given = self.given
+        logits = self.prefill(given.inputs, given.past, given.positions)
         if repeats > 1:
             rows = torch.arange(len(self.prompts), device="cpu").repeat_interleave(repeats)
             self.prompts = [self.prompts[r] for r in rows]
             self.budgets = [self.budgets[r] for r in rows]
-            self.cache.reorder(rows)
+            self.cache = self.cache.select(rows)
             logits = logits[rows.to(logits.device)]
+            self.passes = [_each(lambda x: x.repeat_interleave(repeats, 0), kept) for kept in self.passes]
 
         R, steps, width = len(self.prompts), max(self.budgets), self.width
         device = logits.device
@@ -114,26 +119,30 @@ class Decoding:
             logits = self.decode(ids, first, column + 1)
 
         length = int(new_tokens.max())
-        if self.graphed is not None and self.returns_cache:
-            self.graphed.detach(self.cache)
         return GenerateOutput(
             sequences=ids[:, : width + length],
             scores=tuple(kept_scores[:length]) if settings.output_scores else None,
             logits=tuple(kept_logits[:length]) if settings.output_logits else None,
             past_key_values=self.cache if settings.use_cache else None,
             forward_passes=self.forward_passes,
+            **self._watched(length),
         )
 
-    def prefill(self, prompts):
-        """Logits [R, V] after each prompt; fills a new cache."""
+    def prefill(self, inputs, past=None, positions=None):
+        """Logits [R, V] after each row of ids [L] or embeddings [L, C]; extends `past`, or fills a new cache."""
         if self.model.device.type == "meta":
             raise ValueError("generate: the weights are on device meta; they hold no values, so no token can be chosen")
         if self.settings.sliding_window:
-            prompts = [prompt[-self.model.config.n_positions :] for prompt in prompts]
-        T = max(map(len, prompts))
-        model = self.model
-        self.cache = KVCache(model.config, len(prompts), capacity=T + 1, device=model.device, dtype=model.dtype)
-        return self._feed(prompts, self.cache)
+            inputs = [row[-self.model.config.n_positions :] for row in inputs]
+        T, model = max(map(len, inputs)), self.model
+        self.cache = past
+        if past is None:
+            self.cache = KVCache(model.config, len(inputs), capacity=T + 1, device=model.device, dtype=model.dtype)
+        logits = self._feed(inputs, self.cache, positions=positions)
+        if positions is not None:
+            ends = [int(row[-1]) + 1 - length for row, length in zip(positions, self.cache.lengths)]
+            self.positions_ahead = torch.tensor(ends, device=model.device)
+        return logits
 
     def decode(self, ids, first, end):
         """Logits [R, V] after ids[:, :end], all of which but the last column the cache holds."""
@@ -162,15 +171,25 @@ class Decoding:
         if settings.do_sample:
             generators = [torch.Generator("cpu").manual_seed(s) for s in row_seeds(seed, len(self.prompts), 1)]
         warpers = build_warpers(settings, at_least=max(2, 1 + len(self.eos)))  # so that one of them does not end
-        groups = [range(len(self.prompts))]
-        if len(set(map(len, self.prompts))) > 1:
+        given, groups = self.given, [range(len(self.prompts))]
+        if len({(len(prompt), used) for prompt, used in zip(self.prompts, given.used())}) > 1:
             groups = [[row] for row in groups[0]]
-        found, scores = [], []
+            outputs = [name for name in OUTPUTS if getattr(settings, name)]
+            if outputs:
+                raise ValueError(
+                    f"generate: {outputs[0]} with num_beams takes prompts of one length; those of several lengths are "
+                    "searched one after the other, each in steps of its own"
+                )
+        found, scores, kept = [], [], BeamRecord(settings)
         for rows in groups:
             prompts, budget = [self.prompts[row] for row in rows], self.budgets[rows[0]]
             L = len(prompts[0])
             sequences, values = beam_search(
-                self.prefill(prompts).float(),
+                self.prefill(
+                    [given.inputs[row] for row in rows],
+                    None if given.past is None else given.past.select(rows),
+                    given.positions and [given.positions[row] for row in rows],
+                ).float(),
                 lambda tokens: self._feed(list(tokens), self.cache).float(),
                 lambda rows: self.cache.reorder(rows),
                 torch.stack(prompts),
@@ -183,11 +202,20 @@ class Decoding:
                 stops=self.stops,
                 fill=self.fill,
                 rows=rows,
+                record=kept,
             )
             found.extend((L, row) for row in sequences)
             scores.append(values)
-        sequences = self._align(found)
-        return GenerateOutput(sequences, sequences_scores=torch.cat(scores), forward_passes=self.forward_passes)
+        N = settings.num_beams
+        self.passes[:1] = [_each(lambda x: x.repeat_interleave(N, 0), first) for first in self.passes[:1]]
+        return GenerateOutput(
+            self._align(found),
+            sequences_scores=torch.cat(scores),
+            scores=tuple(kept.scores) if settings.output_scores else None,
+            logits=tuple(kept.logits) if settings.output_logits else None,
+            forward_passes=self.forward_passes,
+            **self._watched(len(self.passes)),
+        )
 
     def verify_drafts(self):
         """Greedy decoding with drafts from each row's own text, one row after the other."""
@@ -223,28 +251,62 @@ class Decoding:
             out[width - L : width - L + len(row)] = row
         return ids
 
-    def _feed(self, rows, cache, every_position=False):
-        """A forward pass over each row's new ids: logits [R, V] of the last, or [R, T, V] of all."""
+    def _feed(self, rows, cache, every_position=False, positions=None):
+        """A forward pass over each row's new ids, or embeddings: logits [R, V] of the last, or [R, T, V] of all."""
         self.forward_passes += 1
+        settings = self.settings
         lengths = [len(row) for row in rows]
         T = max(lengths)
         mask = None
-        if min(lengths) == T:
-            ids = torch.stack(rows)  # [R, T]
-        else:
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [R, T]
+        ids = _stack(rows)  # [R, T], or [R, T, C]
+        if positions is not None:
+            positions = _stack(positions)  # [R, T]
+        elif self.positions_ahead is not None:
+            held = torch.tensor(cache.lengths, device=ids.device)  # [R]
+            ahead = self.positions_ahead.repeat_interleave(len(rows) // len(self.positions_ahead))  # [R]
+            positions = (held + ahead)[:, None] + torch.arange(T, device=ids.device)  # [R, T]
+        if min(lengths) < T:
             lengths = torch.tensor(lengths, device=ids.device)
             mask = torch.arange(T, device=ids.device) < lengths[:, None]  # [R, T]
         at = (slice(None), -1) if mask is None else (torch.arange(len(rows), device=ids.device), lengths - 1)
         at = slice(None) if every_position else at
         model, inputs = self.model, {"attention_mask": mask, "past_key_values": cache, "return_dict": True}
+        inputs.update(position_ids=positions, output_attentions=settings.output_attentions)
+        inputs.update(output_hidden_states=settings.output_hidden_states)
+        ids, embeds = (ids, None) if ids.dim() == 2 else (None, ids)
         if is_plain(model, type(model)):
-            return model.lm_head(model.transformer(ids, **inputs).last_hidden_state[at])
-        return model(ids, **inputs).logits[at]  # its hooks see all positions, as they do outside generate()
+            output = model.transformer(ids, inputs_embeds=embeds, **inputs)
+            logits = model.lm_head(output.last_hidden_state[at])
+        else:
+            output = model(ids, inputs_embeds=embeds, **inputs)
+            logits = output.logits[at]  # its hooks see all positions, as they do outside generate()
+        if settings.output_attentions or settings.output_hidden_states:
+            self.passes.append((output.attentions, output.hidden_states))
+        return logits
+
+    def _watched(self, steps):
+        """The attentions and hidden states of the first `steps` forward passes, as GenerateOutput has them."""
+        settings, passes = self.settings, self.passes[:steps]
+        return {
+            "attentions": tuple(attentions for attentions, _ in passes) if settings.output_attentions else None,
+            "hidden_states": tuple(states for _, states in passes) if settings.output_hidden_states else None,
+        }
 
     def _stream(self, ids):
         if self.streamer is not None:
             self.streamer.put(ids.cpu())
+
+
+def _stack(rows):
+    """Rows [T, ...] as one tensor [R, T, ...], padded on the right where they differ in length."""
+    if len(set(map(len, rows))) == 1:
+        return torch.stack(rows)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _each(change, kept):
+    """What a forward pass left, (attentions, hidden states), with each tensor changed."""
+    return tuple(tensors and tuple(map(change, tensors)) for tensors in kept)
 
 
 def _apply(processors, ids, scores):

@@ -3,17 +3,16 @@
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model.config import SPECIAL_TOKENS, brief
 from model.generation.config import FILE, GenerationConfig, merge
 from model.generation.decoding import Decoding
 from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
+from model.generation.prompts import Prompts
 from model.generation.settings import Settings, token_ids
 from model.generation.stopping import Stops
 from model.generation.streaming import tells_streamer
-from model.inputs import check_inputs, padding_bounds
 from model.layers import onednn
 from model.layers.linear import Linear
 
@@ -57,6 +56,9 @@ class GenerationMixin:
         *,
         generation_config=None,
         inputs=None,
+        inputs_embeds=None,
+        position_ids=None,
+        past_key_values=None,
         tokenizer=None,
         stopping_criteria=None,
         logits_processor=None,
@@ -81,7 +83,12 @@ class GenerationMixin:
         release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger
         "model.generation.graph" says why. False: never.
         Also typical_p, suppress_tokens, sequence_bias, prefix_allowed_tokens_fn(row, ids), renormalize_logits;
-        max_time, in seconds; output_scores and output_logits, of each step. inputs: another name of input_ids.
+        max_time, in seconds; output_scores, output_logits, output_attentions, output_hidden_states, of each forward
+        pass, in a GenerateOutput. inputs: another name of input_ids.
+        inputs_embeds [B, T, C]: read in place of input_ids, and under the attention_mask; the rows returned then begin
+        with input_ids if they too are given, or with the first new token. position_ids [B, T] or [1, T]: of the
+        prompts; new tokens count on from the last. past_key_values: a KVCache that holds the first tokens of each row,
+        extended in place (with beams or several sequences, a copy of it): give the whole text.
         generation_config: a GenerationConfig, transformers', or a dict. What it does not set is as in
         self.generation_config, which a checkpoint's generation_config.json fills; an argument goes before both, and
         None as one switches its setting off. eos_token_id: one or several; [] for none.
@@ -112,26 +119,32 @@ class GenerationMixin:
             raise ValueError(
                 f"generate: pad_token_id is {pad}; the vocabulary has 0 to {V - 1}: give one of them, or None"
             )
-        prompts, width = self._prompts(input_ids, attention_mask, bos, pad if pad not in eos else None)
-        budgets = [settings.new_tokens(len(prompt), self.config.n_positions) for prompt in prompts]
+        given = (input_ids, attention_mask, inputs_embeds, position_ids, past_key_values)
+        prompts = Prompts.read(self, *given, bos=bos, pad=pad if pad not in eos else None)
+        for name, value in zip(("inputs_embeds", "position_ids", "past_key_values"), given[2:]):
+            if value is not None:
+                settings.check_goes_on(name)
+        budgets = [settings.new_tokens(used, self.config.n_positions) for used in prompts.used()]
+        prompts.check_positions(budgets, self.config.n_positions)
+        rows = len(prompts.ids)
         stopping_criteria = _functions("stopping_criteria", stopping_criteria)
         stops = Stops(eos, stop_strings, tokenizer, stopping_criteria, settings.max_time)
-        if streamer is not None and len(prompts) * settings.num_return_sequences * settings.num_beams > 1:
+        if streamer is not None and rows * settings.num_return_sequences * settings.num_beams > 1:
             raise ValueError("generate: a streamer takes one row, and no beams")
         run = Decoding(
             self,
             settings,
+            prompts.ids,
+            prompts.width,
             prompts,
-            width,
             budgets,
             stops,
             eos,
             processors=_functions("logits_processor", logits_processor),
             streamer=streamer,
             fill=pad if pad is not None else eos[0] if eos else 0,
-            returns_cache=settings.return_dict_in_generate,
         )
-        with self.packed_weights(), self.graphed_steps(settings) or nullcontext() as run.graphed:
+        with self.packed_weights(), self.graphed_steps(settings, prompts) or nullcontext() as run.graphed:
             if settings.num_beams > 1:
                 output = run.search_beams(seed)
             elif settings.prompt_lookup_num_tokens:
@@ -157,17 +170,18 @@ class GenerationMixin:
         """The PackedWeights of all layers, or of none where that is of no use; see packed_weights()."""
         return {module.pack() for module in self.modules() if isinstance(module, Linear)} - {None}
 
-    def graphed_steps(self, settings):
+    def graphed_steps(self, settings, prompts=None):
         """The replayed decode steps of one call of generate, or None, with the reason logged, where they cannot be."""
         if not settings.cuda_graph:
             return None
         if self._graphs is None:
             self._graphs = DecodeGraphs()
-        reason = refusal(self, settings)
+        reason = refusal(self, settings, prompts)
         if reason is not None:
             self._graphs.tell(reason)
             return None
-        return GraphedSteps(self, self._graphs)
+        keeps_cache = settings.return_dict_in_generate or (prompts is not None and prompts.past is not None)
+        return GraphedSteps(self, self._graphs, keeps_cache)
 
     def release_graphs(self):
         """Lets go of the captured decode steps and of their memory; generate() captures them anew."""
@@ -178,45 +192,6 @@ class GenerationMixin:
             self.release_graphs()
         return super().train(mode)
 
-    def _prompts(self, input_ids, attention_mask, bos, pad):
-        """(The prompts as a list of ids [L], without padding; how wide they came, padding included)."""
-        if input_ids is None:
-            if bos is None:
-                raise ValueError("generate: no input_ids, and the config has no bos_token_id to start from")
-            input_ids = [[bos]]
-        if isinstance(input_ids, torch.Tensor):
-            check_inputs("generate", self.device, input_ids=input_ids, attention_mask=attention_mask)
-            if input_ids.dim() != 2:
-                raise ValueError(f"generate: input_ids must be [B, T]; its shape is {tuple(input_ids.shape)}")
-            rows = list(input_ids.to(self.device))
-            if attention_mask is None and pad is not None:
-                attention_mask = _between_pads(input_ids, pad)
-            start, end = padding_bounds(attention_mask, *input_ids.shape)
-            if start is not None:
-                rows = [row[a:b] for row, a, b in zip(rows, start.tolist(), end.tolist())]
-        else:
-            if attention_mask is not None:
-                raise ValueError("generate: attention_mask goes with a tensor; a list of prompts has no padding")
-            if isinstance(input_ids, np.ndarray):
-                input_ids = input_ids.tolist()
-            if not isinstance(input_ids, list | tuple) or isinstance(next(iter(input_ids), []), int | float | str):
-                raise TypeError(
-                    f"generate: input_ids is {brief(input_ids)}; it must be a tensor [B, T], or a list of lists of ids"
-                )
-            rows = [torch.tensor(_prompt(row), dtype=torch.long, device=self.device) for row in input_ids]
-        if not rows or not all(len(row) for row in rows):
-            raise ValueError("generate: a prompt is empty; each needs at least one token")
-        width = input_ids.shape[1] if isinstance(input_ids, torch.Tensor) else max(map(len, rows))
-        return rows, width
-
-
-def _prompt(row):
-    """A prompt's ids, in a list, tuple, array or tensor, as a list."""
-    ids = row.tolist() if hasattr(row, "tolist") else row
-    if isinstance(ids, list | tuple) and any(isinstance(i, float | bool) for i in ids):
-        raise TypeError(f"generate: input_ids holds {brief(ids)}; ids are integers")
-    return token_ids("input_ids", ids)
-
 
 def _functions(name, given):
     """The caller's functions as a list; transformers' lists of them are lists."""
@@ -225,9 +200,3 @@ def _functions(name, given):
     if not isinstance(given, list | tuple) or not all(map(callable, given)):
         raise TypeError(f"generate: {name} is {brief(given)}; it must be a list of functions")
     return list(given)
-
-
-def _between_pads(ids, pad):
-    """The mask of ids [B, T] whose padding is what stands at either end; within a text `pad` is a token."""
-    is_text = ids != pad
-    return (is_text.cumsum(1) > 0) & (is_text.flip(1).cumsum(1).flip(1) > 0)

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 _capturing = threading.Lock()  # torch has one capture at a time, and ours have one stream
 
 
-def refusal(model, settings):
+def refusal(model, settings, prompts=None):
     """Why this call of generate() cannot replay its decode steps, in words, or None if it can."""
+    positions, past = (None, None) if prompts is None else (prompts.positions, prompts.past)
     device, config = model.device, model.config
     if device.type not in DEVICES:
         return f"the model is on {device.type}"
@@ -38,6 +39,10 @@ def refusal(model, settings):
         (not settings.use_cache, "use_cache=False keeps no cache"),
         (settings.num_beams > 1, "beam search reorders the cache at each step"),
         (settings.prompt_lookup_num_tokens > 0, "prompt lookup feeds several tokens at once"),
+        (settings.output_attentions, "output_attentions is read on the host"),
+        (settings.output_hidden_states, "output_hidden_states is read on the host"),
+        (positions is not None, "position_ids count on from the caller's own"),
+        (past is not None and past.starts is not None, "past_key_values holds padding on the left"),
         (model.training, "the model is in training mode"),
         (torch.is_autocast_enabled(device.type), "autocast is on"),
         (
@@ -194,11 +199,13 @@ class DecodeGraphs:
 class GraphedSteps:
     """The decode steps of one call of generate(): from graph to graph as its cache grows.
 
-    Used in a `with` block: at its end the last graph goes back to those that the model keeps.
+    Used in a `with` block: at its end the last graph goes back to those that the model keeps, and the cache leaves its
+    memory if keeps_cache, because the caller has it.
     """
 
-    def __init__(self, model, graphs):
-        self.model, self.graphs = model, graphs
+    def __init__(self, model, graphs, keeps_cache):
+        self.model, self.graphs, self.keeps_cache = model, graphs, keeps_cache
+        self.cache = None
         self.key = self.graph = None
         self.has_failed = False
 
@@ -206,6 +213,8 @@ class GraphedSteps:
         return self
 
     def __exit__(self, *exception):
+        if self.keeps_cache and self.cache is not None:
+            self.detach(self.cache)
         self._give_back()
 
     def step(self, ids, cache):
@@ -213,6 +222,7 @@ class GraphedSteps:
 
         After the former `cache` lies in a graph's memory, and detach() takes it out; after the latter it has its own.
         """
+        self.cache = cache
         needed = cache.get_seq_length() + 1
         if not self.has_failed and (self.graph is None or self.graph.capacity < needed):
             self._change_to(grown_capacity(needed, cache.n_positions), cache)

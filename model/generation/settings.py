@@ -22,14 +22,14 @@ _WHOLE = (
     "prompt_lookup_num_tokens",
 )
 _NUMBERS = ("max_time", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _FLAGS = (
     "do_sample",
     "sliding_window",
     "use_cache",
     "cuda_graph",
     "renormalize_logits",
-    "output_scores",
-    "output_logits",
+    *OUTPUTS,
     "return_dict_in_generate",
 )
 
@@ -66,6 +66,8 @@ class Settings:
     cuda_graph: bool = True
     output_scores: bool = False
     output_logits: bool = False
+    output_attentions: bool = False
+    output_hidden_states: bool = False
     return_dict_in_generate: bool = False
 
     def __post_init__(self):
@@ -111,14 +113,17 @@ class Settings:
                 f"generate: num_return_sequences is {self.num_return_sequences} and num_beams {self.num_beams}; there "
                 "is one sequence for each beam, and more of them only by sampling with num_beams=1"
             )
-        outputs = self.output_scores or self.output_logits
+        outputs = [name for name in OUTPUTS if getattr(self, name)]
         if self.prompt_lookup_num_tokens and (self.do_sample or self.sliding_window or outputs):
             raise ValueError(
-                "generate: prompt_lookup_num_tokens is for greedy decoding, without sliding_window, output_scores and "
-                "output_logits"
+                "generate: prompt_lookup_num_tokens is for greedy decoding, without sliding_window and "
+                f"{', '.join(OUTPUTS)}"
             )
-        if self.num_beams > 1 and self.output_logits:
-            raise ValueError("generate: output_logits is for one beam; with more of them there is no one row of each")
+        if self.sliding_window and (self.output_attentions or self.output_hidden_states):
+            raise ValueError(
+                f"generate: sliding_window reads some tokens anew, so there is no one pass of each step to give "
+                f"{outputs[-1]} of"
+            )
 
     def check_vocabulary(self, V):
         """Raises ValueError where a setting names a token that a vocabulary of V does not have."""
@@ -133,6 +138,16 @@ class Settings:
             wrong = [i for i in ids if not 0 <= i < V]
             if wrong:
                 raise ValueError(f"generate: {name} names token {wrong[0]}; the vocabulary has 0 to {V - 1}")
+
+    def check_goes_on(self, name):
+        """Raises ValueError where the argument `name`, of the first forward pass, meets what would repeat that."""
+        for setting, is_on in (
+            ("use_cache=False", not self.use_cache),
+            ("sliding_window", self.sliding_window),
+            ("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens),
+        ):
+            if is_on:
+                raise ValueError(f"generate: {name} does not go with {setting}, which reads tokens more than once")
 
     def new_tokens(self, prompt_length, n_positions):
         """How many tokens a prompt may be continued by. Raises ValueError where there are not enough positions."""

@@ -5,7 +5,7 @@ import lanes
 import numerics
 import pytest
 import torch
-from attention_cases import bounds, inputs
+from attention_cases import bounds, inputs, terms
 from lanes import across_lanes
 
 from kernels import flash_attention, reference
@@ -33,7 +33,7 @@ def check(q, k, v, **options):
     o = flash_attention(q, k, v, **options)
     baseline, _ = reference.attention(q, k, v, **options)
     oracle, _ = reference.attention(q.double(), k.double(), v.double(), **options)
-    numerics.assert_close(o, baseline, oracle, what="o")
+    numerics.assert_close(o, baseline, oracle, what="o", beside=terms(q, k, v, **options)[0])
 
 
 @across_lanes(*DTYPES, lanes=("interpret", "gpu"))
@@ -44,7 +44,7 @@ def test_decode_matches_the_oracle(lane, dtype, shape):
 
 
 @across_lanes(F32, BF16, lanes=("sm_80", "sm_90"))
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[5]], ids=str)
 def test_compiled_decode_matches_the_oracle(lane, dtype, shape):
     q, k, v, _ = inputs(shape, dtype, lane.device)
     check(q, k, v)

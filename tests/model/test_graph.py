@@ -274,7 +274,7 @@ class TestNothingWaits:
     def test_in_the_choice_of_tokens(self, monkeypatch, on_meta, prompts, options):
         """What stands between two steps: from a guarded first step to the next one's call."""
         guard, steps = ExitStack(), []
-        monkeypatch.setattr("model.generation.decoding.Decoding.prefill", lambda run, prompts: logits.clone())
+        monkeypatch.setattr("model.generation.decoding.Decoding.prefill", lambda run, *given: logits.clone())
 
         def decode(run, ids, first, end):
             guard.close()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from peers import tiny_config
 
 from model import GPT2, GPT2Config
 from model.__main__ import INTERRUPTED, main
@@ -26,6 +27,7 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     GPT2(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(path)
+    GPT2Tokenizer.from_pretrained("gpt2").save_pretrained(path)
     return str(path)
 
 
@@ -102,6 +104,59 @@ def test_ctrl_c_ends_with_what_was_said(as_json, directory, capsys, monkeypatch)
         assert "[1 + 4 tokens" in err
 
 
+LETTERS = GPT2Tokenizer.train(["to be or not to be, that is the question"] * 3, 262, progress=False)
+
+
+@pytest.mark.parametrize("V", [50257, 50304, 50256, 262, 60000])
+def test_gpt2s_tokenizer_stands_in_only_where_it_can_be_the_one(V, tmp_path, capsys):
+    """A model with a vocabulary of its own, saved without its tokenizer, once spoke GPT-2's tokens without a word."""
+    GPT2(tiny_config(vocab_size=V, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    call = ("to be", "--model", str(tmp_path), "--max-new-tokens", "3", "--greedy", "--json")
+    if V in (50257, 50304):
+        assert said(capsys, *call).err == f"model: {tmp_path} has no tokenizer; GPT-2's is taken\n"
+    else:
+        err = said(capsys, *call, status=2).err
+        assert f"has no tokenizer, and its vocabulary of {V} tokens is not GPT-2's of 50257: save the one" in err
+
+
+def test_a_checkpoints_own_tokenizer_is_taken(tmp_path, capsys):
+    model = GPT2(tiny_config(vocab_size=len(LETTERS), bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(tmp_path)
+    LETTERS.save_pretrained(tmp_path)
+    out, err = said(capsys, "to be", "--model", str(tmp_path), "--max-new-tokens", "3", "--greedy", "--json")
+    expected = model.eval().generate([LETTERS.encode("to be")], max_new_tokens=3)[0, -3:].tolist()
+    assert (json.loads(out)["ids"], err) == (expected, "")
+
+
+def test_the_tokenizer_of_a_repository_is_its_own(tmp_path, capsys, monkeypatch):
+    """Of a name on the Hub, GPT-2's was once taken whatever the repository held."""
+    model = GPT2(tiny_config(vocab_size=len(LETTERS), bos_token_id=0, eos_token_id=0))
+    snapshot = tmp_path / "models--someone--letters" / "snapshots" / "abc"
+    model.save_pretrained(snapshot)
+    LETTERS.save_pretrained(snapshot)
+    (tmp_path / "models--someone--letters" / "refs").mkdir()
+    (tmp_path / "models--someone--letters" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out, _ = said(capsys, "to be", "--model", "someone/letters", "--max-new-tokens", "3", "--greedy", "--json")
+    expected = model.eval().generate([LETTERS.encode("to be")], max_new_tokens=3)[0, -3:].tolist()
+    assert json.loads(out)["ids"] == expected
+
+
+def test_a_checkpoints_generation_config_neither_adds_beams_nor_hides_an_end(directory, tmp_path, capsys):
+    model = GPT2.from_pretrained(directory)
+    said_freely = model.generate([[15496]], max_new_tokens=9, eos_token_id=[])[0, 1:].tolist()
+    model.generation_config.update(num_beams=4, num_return_sequences=2, eos_token_id=[said_freely[4], 1])
+    model.save_pretrained(tmp_path)
+    call = ("Hello", "--model", str(tmp_path), "--max-new-tokens", "9", "--greedy", "--json")
+    end = said_freely.index(said_freely[4]) + 1
+    assert json.loads(said(capsys, *call).out)["ids"] == said_freely[:end]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello\nthe quick\n", encoding="utf-8")
+    rows = said(capsys, "--batch-file", str(prompts), *call[1:]).out.splitlines()
+    assert json.loads(rows[0])["ids"] == said_freely[:end]
+
+
 def test_random_weights_need_no_checkpoint(capsys):
     out, _ = said(
         capsys, "Hi", "--random-weights", "--size", "distilgpt2", "--max-new-tokens", "2", "--seed", "1", "--json"
@@ -151,6 +206,7 @@ def test_special_tokens_in_a_prompt_are_text_unless_asked_for(directory, capsys)
 
 def test_json_ends_behind_any_of_several_eos_ids(directory, tmp_path, capsys):
     model = GPT2.from_pretrained(directory)
+    GPT2Tokenizer.from_pretrained(directory).save_pretrained(tmp_path / "several")
     first = model.generate([[15496]], max_new_tokens=8, eos_token_id=[])[0].tolist()
     model.config.eos_token_id = [50256, first[3]]
     model.save_pretrained(tmp_path / "several")

@@ -134,13 +134,18 @@ def test_wrong_calls_of_files_are_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     gpt2 = made("GPT2")
     gpt2.save_pretrained("saved")
-    calls = ((gpt2.save_pretrained, {"directory": "again"}), (model.GPT2.from_pretrained, {"name_or_path": "saved"}))
+    calls = (
+        (gpt2.save_pretrained, {"directory": "again"}),
+        (model.GPT2.from_pretrained, {"pretrained_model_name_or_path": "saved"}),
+    )
     faults, count = [], 0
     for function, arguments in calls:
         for argument, what, call in wrong_calls(function, arguments):
             kind, result = outcome(function, ("_pretrained", "GPT2", "_implementation"), call)
             count += 1
-            if kind == WRONG and not (argument in ("name_or_path", "config") and "FileNotFoundError" in result):
+            if kind == WRONG and not (
+                argument in ("pretrained_model_name_or_path", "config") and "FileNotFoundError" in result
+            ):
                 faults.append(f"{argument}, {what}: {result}")
     assert not faults, "\n".join(faults)
     assert count > 200

@@ -60,7 +60,7 @@ def test_gpt2s_names_need_no_network(name, monkeypatch):
 
 def test_a_repository_out_of_reach_is_an_error_that_names_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"'nobody/nothing' is no directory, and .* of the hub repository"):
+    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' is no directory, and .* of the hub repository"):
         GPT2Tokenizer.from_pretrained("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_what_is_not_gpt2s_kind_is_refused(change, reason, saved, tmp_path):
 
 
 def test_directories_without_a_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=r"has neither tokenizer\.json nor vocab\.json with merges\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"has neither tokenizer\.json nor vocab\.json with merges\.txt"):
         GPT2Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is no directory"):
         GPT2Tokenizer.from_pretrained(tmp_path / "nothing")
