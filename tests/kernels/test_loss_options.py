@@ -82,7 +82,7 @@ def head(implementation):
 
 
 def plain_head(x, weight, bias, target, **options):
-    """In the same chunks: a product of other sizes adds up in another order, on some CPUs with three times the error."""
+    """In the same chunks: a product of other sizes adds up in another order, on some CPUs with thrice the error."""
     logits = torch.cat([torch.nn.functional.linear(rows, weight, bias) for rows in x.split(CHUNK_ROWS)])
     return reference.cross_entropy(logits, target, **options)
 
