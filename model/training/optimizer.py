@@ -1,0 +1,48 @@
+"""AdamW as GPT-2's kind is trained with it, its learning rate, and how much of the chip a step uses."""
+
+import math
+
+import torch
+
+# Dense 16-bit matrix products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def adamw(model, *, lr, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8):
+    """torch's AdamW, fused where it can be. Matrices and embeddings decay; biases and norms do not.
+
+    Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B, for betas and decay.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def learning_rate(step, *, lr, warmup, steps, least):
+    """Of step 0, 1, ...: rises linearly over `warmup` steps, then falls as a cosine to `least` at the last one."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return least + 0.5 * (lr - least) * (1.0 + math.cos(math.pi * done))
+
+
+def flops_per_token(model, T):
+    """FLOPs of a training step per token: 6 N + 12 L C T, N all parameters but the position embeddings.
+
+    Chowdhery et al. 2022, "PaLM", appendix B: attention counted in full, recomputation not at all.
+    """
+    config = model.config
+    N = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    return 6 * N + 12 * config.n_layer * config.n_embd * T
+
+
+def peak_flops(device):
+    """What the device could do, FLOP/s in 16 bits, or None where no data sheet is at hand."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK.items() if part in name), None)

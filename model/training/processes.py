@@ -1,0 +1,66 @@
+"""One process, or the several that torchrun started: who writes, who reads what, what is added up."""
+
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Processes:
+    """What the training loop asks of its neighbours. Of a process alone, rank is 0 and size 1."""
+
+    def __init__(self, device):
+        """device: a torch.device; under torchrun a CUDA device becomes this process's own."""
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.device = device
+        if self.size > 1:
+            if device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def parallel(self, model):
+        """The model, with its gradients averaged over all processes."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def without_averaging(self, model):
+        """A context in which backward leaves gradients where they are, as all but the last micro-batch do."""
+        return model.no_sync() if self.size > 1 else nullcontext()
+
+    def mean(self, value):
+        """The mean of a scalar tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value = value / self.size
+        return value
+
+    def any(self, flag):
+        """Whether a bool is set in any process."""
+        if self.size == 1:
+            return flag
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)))
+
+    def gather(self, value):
+        """A picklable value of each process, in a list, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self):
+        """Returns once all processes have called it."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()

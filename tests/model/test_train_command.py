@@ -1,0 +1,102 @@
+"""python -m model.train: from text to a directory that loads, samples and goes on."""
+
+import json
+
+import pytest
+
+from model import GPT2
+from model.__main__ import main as say
+from model.train import INTERRUPTED, main
+from model.training.log import read_log
+from tokenizer import GPT2Tokenizer
+from tokenizer.prepare import prepare
+
+QUICK = ["--steps", "3", "--batch", "2", "--seq-len", "16", "--eval-every", "2", "--eval-batches", "1"]
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("It was a dark and stormy night; the rain fell in torrents. " * 400, encoding="utf-8")
+    return path
+
+
+def train(*arguments, status=0):
+    assert main([*map(str, arguments)]) == status
+
+
+@pytest.fixture(scope="module")
+def run(book, tmp_path_factory):
+    """A tiny run from a text, with a vocabulary of its own."""
+    out = tmp_path_factory.mktemp("run")
+    train("--text", book, "--out", out, *QUICK, "--sample", "It was")
+    return out
+
+
+def test_tiny_learns_its_own_vocabulary_and_speaks_it(run, capsys):
+    tokenizer, model = GPT2Tokenizer.from_pretrained(run), GPT2.from_pretrained(run)
+    assert len(tokenizer) == model.config.vocab_size < 2049
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert [row["step"] for row in read_log(run / "log.jsonl") if "loss" in row] == [1, 2, 3]
+    assert say(["It was", "--model", str(run), "--max-new-tokens", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["ids"]) == 4
+    assert err == ""
+
+
+def test_a_run_is_resumed_by_the_same_command(book, run, capsys):
+    train("--text", book, "--out", run, *QUICK, status=2)
+    assert "has a run already; resume it" in capsys.readouterr().err
+    train("--text", book, "--out", run, *QUICK, "--steps", "5", "--resume")
+    assert [row["step"] for row in read_log(run / "log.jsonl") if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_shards_and_a_checkpoint_are_trained_on(run, book, tmp_path, capsys):
+    """--data and --from: the vocabulary is the checkpoint's, and a foreign one is refused."""
+    tokenizer = GPT2Tokenizer.from_pretrained(run)
+    prepare([book], tmp_path / "data", tokenizer, progress=False)
+    call = ("--data", tmp_path / "data", "--from", run, *QUICK, "--gradient-checkpointing")
+    train(*call, "--out", tmp_path / "tuned", "--vocabulary", run)
+    losses = [
+        [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row] for out in (run, tmp_path / "tuned")
+    ]
+    assert losses[1][0] < losses[0][0] - 0.001  # it begins where the other has come to
+    train(*call, "--out", tmp_path / "other", "--vocabulary", "gpt2", status=2)
+    assert "--vocabulary gpt2 is not what" in capsys.readouterr().err
+
+
+def test_sizes_of_the_page_take_gpt2s_vocabulary(book, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        __import__("model.config", fromlist=["PRESETS"]).PRESETS, "distilgpt2", {"n_layer": 1, "n_embd": 24}
+    )
+    train("--text", book, "--size", "distilgpt2", "--out", tmp_path, "--steps", "1", "--batch", "1", "--seq-len", "8")
+    assert GPT2.from_pretrained(tmp_path).config.vocab_size == 50257
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--text", "nowhere"), "nowhere is neither a file nor a directory"),
+        (("--text", "-"), "standard input can be read only once"),
+        (("--data", "nowhere"), r"nowhere has no train-*.bin"),
+        (("--data", "nowhere", "--device", "cuda:99"), "--device cuda:99"),
+        (("--data", "nowhere", "--lr", "-1"), "lr is -1.0"),
+        (("--data", "nowhere", "--sample", "x"), "nowhere has no train"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_one_line(arguments, words, tmp_path, capsys):
+    train(*arguments, "--out", tmp_path / "out", status=2)
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.startswith("model.train: ")
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_says_how_to_go_on(book, tmp_path, monkeypatch, capsys):
+    def interrupted(run, sample):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model.train.Training.train", interrupted)
+    train("--text", book, "--out", tmp_path, *QUICK, status=INTERRUPTED)
+    assert f"stopped; --resume goes on from {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,295 @@
+"""Training: the same losses as transformers', the same bits after a kill, the same step however it is cut up."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lanes import across_lanes
+from optional import transformers
+from peers import their_config
+from training_run import SETTINGS, build, start
+
+from model import GPT2
+from model.training.data import Batches, Tokens
+from model.training.log import read_log
+from model.training.loop import Settings
+from model.training.optimizer import adamw, flops_per_token, learning_rate
+from tokenizer.shards import write_shard
+
+RUN = Path(__file__).with_name("training_run.py")
+ROOT = RUN.parents[2]
+
+
+def text(number, seed):
+    """Ids that can be learned: each mostly follows from the one before."""
+    generator = np.random.default_rng(seed)
+    ids = [int(generator.integers(97))]
+    for jump in generator.random(number - 1):
+        ids.append((ids[-1] * 7 + 3) % 97 if jump < 0.8 else int(generator.integers(97)))
+    return ids
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    for i, number in enumerate((700, 20, 900)):
+        write_shard(path / f"train-{i:06d}.bin", text(number, i), [0])
+    write_shard(path / "val-000000.bin", text(400, 9), [0])
+    return path
+
+
+def rows(out, name="loss"):
+    return [row[name] for row in read_log(out / "log.jsonl") if name in row]
+
+
+class TestBatches:
+    @pytest.fixture
+    def tokens(self, data):
+        return Tokens(data, "train", 16)
+
+    def batches(self, tokens, **options):
+        return Batches(tokens, 3, **{"seed": 1, "vocab_size": 97, **options})
+
+    @pytest.mark.parametrize("once", [False, True])
+    def test_a_batch_depends_on_its_number_alone(self, tokens, once):
+        first, second = (self.batches(tokens, once=once) for _ in range(2))
+        forwards = [first.batch(i, i + 1) for i in range(60)]
+        backwards = [second.batch(i) for i in reversed(range(60))][::-1]
+        assert all(map(torch.equal, forwards, backwards))
+        other = self.batches(tokens, once=once, seed=2)
+        assert not torch.equal(other.batch(0), forwards[0])
+
+    def test_an_epoch_has_each_window_once(self, tokens):
+        cells = tokens.cells
+        assert cells == 700 // 16 + 20 // 16 + 900 // 16
+        batches = Batches(tokens, 10, seed=3, vocab_size=97, once=True)
+        seen = torch.cat([batches.batch(i) for i in range(cells)])  # ten epochs
+        expected = sorted(tokens.cell(i).tolist() for i in range(cells))
+        epochs = seen.view(10, cells, 16).tolist()
+        assert all(sorted(epoch) == expected for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+    def test_windows_begin_anywhere_and_stay_within_a_shard(self, tokens):
+        whole = [tokens.anywhere(i).tolist() for i in range(tokens.positions)]
+        expected = [shard[i : i + 16].tolist() for shard in tokens.shards for i in range(len(shard) - 15)]
+        assert whole == expected
+
+    def test_an_id_without_an_embedding_is_named_with_its_shard(self, tokens):
+        batches = self.batches(tokens, vocab_size=50)
+        with pytest.raises(ValueError, match=r"train-00000\d\.bin holds token \d\d; .* has 0 to 49: it was prepared"):
+            batches.batch(0)
+
+    def test_without_shards_there_is_advice(self, tmp_path, data):
+        with pytest.raises(FileNotFoundError, match=r"has no train-\*\.bin; python -m tokenizer\.prepare"):
+            Tokens(tmp_path, "train", 4)
+        with pytest.raises(ValueError, match=r"has 900 tokens; windows of 901 need as many"):
+            Tokens(data, "train", 901)
+
+
+class TestTheOptimizer:
+    def test_the_rate_rises_and_falls(self):
+        rates = [learning_rate(i, lr=1.0, warmup=4, steps=11, least=0.1) for i in range(11)]
+        assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert rates[4] == 1.0
+        assert rates[7] == pytest.approx(0.55)
+        assert rates[10] == pytest.approx(0.1)
+        assert learning_rate(0, lr=1.0, warmup=0, steps=1, least=0.1) == 1.0
+
+    def test_what_decays(self):
+        model = build()
+        decays, keeps = adamw(model, lr=1e-3).param_groups
+        named = {id(p): name for name, p in model.named_parameters()}
+        assert {named[id(p)].rpartition(".")[2] for p in decays["params"]} == {"weight"}
+        assert all("ln_" in named[id(p)] or named[id(p)].endswith("bias") for p in keeps["params"])
+        assert sum(p.numel() for group in (decays, keeps) for p in group["params"]) == model.num_parameters()
+        assert (decays["weight_decay"], keeps["weight_decay"]) == (0.1, 0.0)
+
+    def test_the_flops_of_gpt2(self):
+        """llm.c and nanoGPT count 124M parameters without positions: 6 x 123.7e6 + 12 x 12 x 768 x 1024."""
+        with torch.device("meta"):
+            model = build(n_embd=768, n_layer=12, n_head=12, n_positions=1024, vocab_size=50257)
+        assert flops_per_token(model, 1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_the_losses_are_transformers(data, tmp_path):
+    """The same weights, data and optimizer, 50 steps in fp32: within 1e-3, all along."""
+    run = start(data, tmp_path, steps=50, eval_every=0, save_every=50)
+    theirs = transformers.GPT2LMHeadModel(their_config(run.model.config)).train()
+    theirs.load_state_dict(run.model.state_dict())
+    batches = Batches(run.tokens, 4, seed=0, vocab_size=97)
+    optimizer, losses = adamw(theirs, lr=3e-3), []
+    for step in range(50):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, lr=3e-3, warmup=2, steps=50, least=3e-4)
+        ids = batches.batch(step)
+        loss = theirs(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    run.train()
+    assert np.abs(np.array(rows(tmp_path)) - losses).max() < 1e-3
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_micro_batches_are_one_large_batch(data, tmp_path):
+    """Of the same tokens: gradients, and so the weights, agree to rounding."""
+    large, small = start(data, tmp_path / "a", batch=4), start(data, tmp_path / "b", batch=2, accumulate=2)
+    small.batches.batch = lambda number, following=None: large.batches._read(number // 2)[number % 2 * 2 :][:2]
+    for _ in range(3):
+        a, b = large.take_step(), small.take_step()
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def program(*arguments, launcher=(sys.executable,), **options):
+    command = [*launcher, str(RUN), *map(str, arguments), json.dumps(options)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"once": True, "accumulate": 2}], ids=str)
+def test_a_killed_run_goes_on_with_the_same_bits(options, data, tmp_path):
+    """Killed after step 5, of which step 3 was saved: losses and weights are those of a run that nobody stopped."""
+    assert program(data, tmp_path / "whole", **options).returncode == 0
+    killed = program(data, tmp_path / "killed", die_at=5, **options)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = program(data, tmp_path / "killed", resume=True, **options)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("loss", "val_loss", "grad_norm", "lr"):
+        assert rows(tmp_path / "killed", name) == rows(tmp_path / "whole", name)
+    states = [torch.load(tmp_path / name / "training" / "step-00000008.pt") for name in ("whole", "killed")]
+    for one, other in zip(*(torch.utils._pytree.tree_leaves(state) for state in states)):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    weights = [GPT2.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_two_processes_are_one_that_accumulates(data, tmp_path):
+    """torchrun with gloo: the losses of one process that takes both micro-batches; which goes on from their state."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    two = program(data, tmp_path / "two", launcher=(*launcher, "--standalone"), steps=4, warmup=0)
+    assert two.returncode == 0, two.stderr
+    alone = start(data, tmp_path / "one", accumulate=2, steps=4, warmup=0)
+    alone.train()
+    assert rows(tmp_path / "two") == pytest.approx(rows(tmp_path / "one"), abs=2e-5)
+    assert rows(tmp_path / "two", "val_loss") == pytest.approx(rows(tmp_path / "one", "val_loss"), abs=2e-5)
+    again = start(data, tmp_path / "two", steps=6, warmup=0, resume=True)
+    assert again.step == 4
+    again.train()
+    assert len(rows(tmp_path / "two")) == 6
+
+
+def test_the_directory_of_a_run(data, tmp_path):
+    run = start(data, tmp_path, steps=7, keep=2, save_every=2)
+    last = run.train()
+    assert sorted(path.name for path in (tmp_path / "training").iterdir()) == ["step-00000006.pt", "step-00000007.pt"]
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+    assert rows(tmp_path, "step") == [1, 2, 3, 4, 4, 5, 6, 7, 7]
+    assert rows(tmp_path)[-1] == last
+    model = GPT2.from_pretrained(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), run.model.state_dict().values()))
+    assert GPT2.from_pretrained(tmp_path / "best").num_parameters() == model.num_parameters()
+    assert run.model.training
+
+
+def test_a_loss_that_is_not_finite_stops_with_where_it_came_from(data, tmp_path):
+    run = start(data, tmp_path)
+    run.take_step()
+    with torch.no_grad():
+        run.model.transformer.ln_f.weight.fill_(math.nan)
+    with pytest.raises(
+        ValueError, match=r"the loss of step 2 is nan, at .* from .*train-00000\d\.bin.*saved step is 0"
+    ):
+        run.train()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_all_saved(number, data, tmp_path):
+    run = start(data, tmp_path, steps=50)
+    step = run.take_step
+
+    def take_step():
+        if run.step == 4:
+            signal.raise_signal(number)
+        return step()
+
+    run.take_step = take_step
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    again = start(data, tmp_path, steps=50, resume=True)
+    assert again.step == 5
+    assert rows(tmp_path, "step")[-1] == 5
+
+
+def test_float16_and_bfloat16_train(data, tmp_path):
+    for dtype in ("bfloat16", "float16"):
+        start(data, tmp_path / dtype, dtype=dtype, steps=30, eval_every=0).train()
+        losses = rows(tmp_path / dtype)
+        assert losses[-1] < losses[0] - 0.5
+        saved = torch.load(tmp_path / dtype / "training" / "step-00000030.pt")
+        assert {value.dtype for value in saved["model"].values()} == {torch.float32}
+
+
+@across_lanes(torch.float32, lanes=("interpret", "sm_90", "gpu"))
+def test_the_triton_path_is_the_torch_path(lane, dtype, data, tmp_path):
+    losses = []
+    for name in ("triton", "torch"):
+        model = build(n_layer=1)
+        model.set_attn_implementation("triton" if name == "triton" else "eager")
+        model.set_kernel_implementation(name)
+        run = start(data, tmp_path / name, model=model.to(lane.device), steps=3, batch=2)
+        losses.append([run.take_step()["loss"] for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"steps": 0}, ValueError, "steps is 0; it must be at least 1"),
+        ({"batch": 2.5}, TypeError, r"batch is 2\.5; it must be an integer"),
+        ({"lr": math.nan}, ValueError, "lr is nan; it must be finite, and positive"),
+        ({"lr": 0.0}, ValueError, "lr is 0"),
+        ({"clip": -1.0}, ValueError, r"clip is -1\.0"),
+        ({"dtype": "int8"}, ValueError, "dtype is 'int8'; it must be one of float32"),
+        ({"once": "yes"}, TypeError, "once is 'yes'"),
+        ({"seq_len": 1}, ValueError, "seq_len is 1; it must be at least 2"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(change, error, words):
+    with pytest.raises(error, match=f"training: {words}"):
+        Settings(**change)
+
+
+def test_a_run_is_neither_overwritten_nor_changed_nor_invented(data, tmp_path):
+    start(data, tmp_path, steps=2).train()
+    with pytest.raises(ValueError, match="has a run already; resume it"):
+        start(data, tmp_path)
+    for name, change in (("lr", 1.0), ("seed", 3), ("batch", 2)):
+        with pytest.raises(ValueError, match=f"{name} was {SETTINGS.get(name, 0)} and is {change} now"):
+            start(data, tmp_path, resume=True, **{name: change})
+    with pytest.raises(ValueError, match=r"the model's \w+_pdrop was 0\.0 and is 0\.1 now"):
+        start(data, tmp_path, resume=True, dropout=0.1)
+    with pytest.raises(ValueError, match="2 steps are done; steps is 1"):
+        start(data, tmp_path, resume=True, steps=1)
+    with pytest.raises(ValueError, match="has no run to resume"):
+        start(data, tmp_path / "new", resume=True)
+    with pytest.raises(ValueError, match="seq_len is 64; the model has n_positions 32"):
+        start(data, tmp_path / "new", seq_len=64)
+    state = tmp_path / "training" / "step-00000002.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-00000002\.pt cannot be read"):
+        start(data, tmp_path, resume=True)

@@ -1,0 +1,284 @@
+"""python -m tokenizer.prepare FILES|DIRS|- --out data: texts to shards of token ids, to train a language model on.
+
+python -m tokenizer.prepare book.txt essays/ --out data
+python -m tokenizer.prepare corpus.jsonl --out data --processes 8      # a document in each line's "text"
+python -m tokenizer.prepare builtin --out data                         # the sources of the Python that runs this
+
+A text file is a document; directories are searched for .txt, .md, .py and .jsonl. <|endoftext|> follows each document,
+and stands for nothing special within one. Every VALIDATE-th document goes to the split "val"; of a single document its
+last VALIDATE-th part. The format is in tokenizer/shards.py. A run that was stopped is taken up where its last whole
+shard ends.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from . import GPT2Tokenizer
+from .shards import LIMIT, shard_paths, whole_file, write_shard
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SHARD_TOKENS = 50_000_000
+BATCH = 1 << 20  # characters that a process is given at once
+STATE = "prepare.json"
+
+
+def main(arguments=None):
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenizer.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="+", help="files, directories, - for standard input, or builtin")
+    parser.add_argument("--out", type=Path, required=True, help="the directory of the shards")
+    parser.add_argument("--vocabulary", default="gpt2", help="a directory or hub name (default: gpt2, which ships)")
+    parser.add_argument("--processes", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--validate", type=int, default=100, metavar="N", help="(default: 100; 0 for no split val)")
+    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help=f"(default: {SHARD_TOKENS})")
+    options = parser.parse_args(arguments)
+    try:
+        counts = prepare(
+            options.sources,
+            options.out,
+            GPT2Tokenizer.from_pretrained(options.vocabulary),
+            processes=options.processes,
+            validate=options.validate,
+            shard_tokens=options.shard_tokens,
+        )
+    except (OSError, ValueError) as error:
+        print(f"tokenizer.prepare: {error}".replace("\n", " "), file=sys.stderr)
+        return 2
+    print(", ".join(f"{split}: {count} tokens" for split, count in counts.items()))
+    return 0
+
+
+def prepare(sources, out, tokenizer, *, processes=1, validate=100, shard_tokens=SHARD_TOKENS, progress=True):
+    """Writes the shards of `sources` (paths, "-", "builtin") to the directory `out`: {split: tokens in all}.
+
+    Goes on where an earlier call with the same arguments was stopped. Raises ValueError for a vocabulary whose ids need
+    more than 16 bits, a directory with the shards of other texts or of another tokenizer, and sources without a text.
+    """
+    for name, value, least in (
+        ("processes", processes, 1),
+        ("validate", validate, 0),
+        ("shard_tokens", shard_tokens, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"prepare: {name} is {value!r}; it must be an integer of at least {least}")
+    if len(tokenizer) > LIMIT:
+        raise ValueError(f"prepare: the vocabulary has {len(tokenizer)} tokens; shards hold ids below {LIMIT}")
+    out = Path(out)
+    paths = find(sources)
+    out.mkdir(parents=True, exist_ok=True)
+    asked = {
+        "sources": [str(path) for path in paths],
+        "bytes": [0 if path == "-" else os.path.getsize(path) for path in paths],
+        "vocabulary": vocabulary_hash(tokenizer),
+        "validate": validate,
+        "shard_tokens": shard_tokens,
+    }
+    state = _state(out, asked)
+    if state.get("finished"):
+        return state["tokens"]
+    writers = {split: _Writer(out, split, shard_tokens, state) for split in ("train", *(["val"] if validate else []))}
+    for split, writer in writers.items():
+        for stray in shard_paths(out, split)[writer.shards :]:  # written, but not recorded any more
+            stray.unlink()
+    end = tokenizer.encode("<|endoftext|>", allowed_special="all")
+    if len(end) != 1:
+        raise ValueError("prepare: the vocabulary has no <|endoftext|>, which ends a document")
+    is_one = validate and len(paths) == 1 and Path(paths[0]).suffix != ".jsonl"
+    done = state.get("documents", 0)
+    numbered = enumerate(documents(paths))
+    with _bar(sum(asked["bytes"]), progress) as bar:
+        for ids, size in _encoded(tokenizer, _batches(islice(numbered, done, None)), processes):
+            for number, row in ids:
+                row = np.concatenate((row, end)).astype(np.uint16)
+                if is_one and len(row) >= 2 * validate:
+                    kept = len(row) - len(row) // validate
+                    writers["train"].add(row[:kept])
+                    writers["val"].add(row[kept:])
+                else:
+                    split = "val" if validate and number % validate == validate - 1 else "train"
+                    writers[split].add(row)
+                done = number + 1
+            bar.update(size)
+            if any(writer.is_full for writer in writers.values()):
+                _flush(out, asked, writers, done)
+        if not done:
+            raise ValueError("prepare: the sources hold no text")
+        _flush(out, asked, writers, done, finished=True)
+    return {split: writer.tokens for split, writer in writers.items()}
+
+
+def vocabulary_hash(tokenizer):
+    """What tells one tokenizer's ids from another's."""
+    return hashlib.sha256("\0".join(map(str, tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def find(sources):
+    """The files of sources, in a fixed order; "-" is standard input. Raises FileNotFoundError for what is not there."""
+    found = []
+    for source in sources:
+        if source == "builtin":
+            found += _standard_library()
+        elif source == "-":
+            found.append("-")
+        elif Path(source).is_dir():
+            inside = sorted(path for path in Path(source).rglob("*") if path.suffix in SUFFIXES and path.is_file())
+            if not inside:
+                raise ValueError(f"prepare: {source} holds no file that ends in {', '.join(SUFFIXES)}")
+            found += inside
+        elif Path(source).is_file():
+            found.append(Path(source))
+        else:
+            raise FileNotFoundError(f"prepare: {source} is neither a file nor a directory, nor builtin, nor -")
+    return found
+
+
+def _standard_library():
+    """The Python sources that every CPython brings, English prose and code, but for its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    apart = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+    return sorted(path for path in root.rglob("*.py") if not apart & set(path.relative_to(root).parts))
+
+
+def documents(paths):
+    """The documents of files, in order."""
+    for path in paths:
+        if path == "-":
+            yield sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
+        elif path.suffix == ".jsonl":
+            with open(path, encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _text_of(line, path, number)
+        else:
+            yield path.read_bytes().decode("utf-8-sig", errors="replace")
+
+
+def _text_of(line, path, number):
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"prepare: {path}, line {number}: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise ValueError(f'prepare: {path}, line {number} must be an object with a string "text"')
+    return value["text"]
+
+
+def _batches(numbered):
+    """Lists of (number, text) of about BATCH characters."""
+    batch, size = [], 0
+    for number, text in numbered:
+        batch.append((number, text.encode("utf-8", "replace").decode()))  # a lone surrogate is no text
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(tokenizer, batches, processes):
+    """For each batch, in order: ([(number, ids)], its bytes)."""
+    if processes == 1:
+        yield from map(_Encoder(tokenizer), batches)
+        return
+    with ProcessPoolExecutor(processes, initializer=_start, initargs=(tokenizer,)) as pool:
+        waiting = []
+        for batch in batches:
+            waiting.append(pool.submit(_encode, batch))
+            if len(waiting) > 2 * processes:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+class _Encoder:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, batch):
+        ids = [(number, np.array(self.tokenizer.encode_ordinary(text), np.uint16)) for number, text in batch]
+        return ids, sum(len(text.encode()) for _, text in batch)
+
+
+def _start(tokenizer):
+    global _encode_here
+    _encode_here = _Encoder(tokenizer)
+
+
+def _encode(batch):
+    return _encode_here(batch)
+
+
+class _Writer:
+    """Gathers the documents of a split into shards."""
+
+    def __init__(self, out, split, shard_tokens, state):
+        self.out, self.split, self.shard_tokens = out, split, shard_tokens
+        self.shards = state.get("shards", {}).get(split, 0)
+        self.tokens = state.get("tokens", {}).get(split, 0)
+        self.rows, self.held = [], 0
+
+    def add(self, row):
+        self.rows.append(row)
+        self.held += len(row)
+        self.tokens += len(row)
+
+    @property
+    def is_full(self):
+        return self.held >= self.shard_tokens
+
+    def write(self):
+        if self.rows:
+            starts = np.cumsum([0, *map(len, self.rows[:-1])])
+            write_shard(self.out / f"{self.split}-{self.shards:06d}.bin", np.concatenate(self.rows), starts)
+            self.shards, self.rows, self.held = self.shards + 1, [], 0
+
+
+def _flush(out, asked, writers, documents, finished=False):
+    """Writes what is gathered, then the record of it."""
+    for writer in writers.values():
+        writer.write()
+    record = {
+        "asked": asked,
+        "documents": documents,
+        "shards": {split: writer.shards for split, writer in writers.items()},
+        "tokens": {split: writer.tokens for split, writer in writers.items()},
+        "finished": finished,
+    }
+    with whole_file(out / STATE) as file:
+        file.write(json.dumps(record).encode())
+
+
+def _state(out, asked):
+    """The record of an earlier call with the same arguments, or an empty one."""
+    if not (out / STATE).is_file():
+        if list(out.glob("*.bin")):
+            raise ValueError(f"prepare: {out} has shards of which {STATE} says nothing; choose another directory")
+        return {}
+    record = json.loads((out / STATE).read_text(encoding="utf-8"))
+    differing = [name for name in asked if record["asked"].get(name) != asked[name]]
+    if differing or "-" in asked["sources"]:
+        what = ", ".join(differing) or "standard input, which cannot be read again"
+        raise ValueError(f"prepare: {out} has the shards of another call ({what}); choose another directory")
+    return record
+
+
+def _bar(total, enabled):
+    from tqdm import tqdm
+
+    return tqdm(total=total or None, unit="B", unit_scale=True, desc="tokens", disable=None if enabled else True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
