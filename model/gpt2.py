@@ -31,6 +31,7 @@ from model.layers.linear import Conv1D, Head
 from model.layers.norm import LayerNorm, add_norm
 from model.layers.observed import is_plain
 from model.layers.ops import activation, causal_lm_head_loss, causal_lm_loss, check_kernels_name, linear_activation
+from model.nanogpt import NanoGPTNames
 from model.outputs import BaseModelOutput, CausalLMOutput
 
 
@@ -305,7 +306,7 @@ class GPT2Model(PretrainedModel):
         return self.drop(x)
 
 
-class GPT2(GenerationMixin, PretrainedModel):
+class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
     """GPT-2 with its language-modelling head, which shares wte's weight if config.tie_word_embeddings."""
 
     def __init__(self, config, *, attn_implementation="auto", kernel_implementation="auto"):

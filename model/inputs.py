@@ -148,7 +148,8 @@ def check_range(name, index, limit, ignored=None):
         values = values[values != ignored]
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     if low < 0 or high >= limit:
-        raise ValueError(f"GPT2: {name} range from {low} to {high}; they must be at least 0 and below {limit}")
+        hint = "" if ignored is None or low >= 0 else f", or {ignored} where they are to be ignored"
+        raise ValueError(f"GPT2: {name} range from {low} to {high}; they must be at least 0 and below {limit}{hint}")
 
 
 def check_shape(name, tensor, *allowed):

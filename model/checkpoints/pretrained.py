@@ -146,7 +146,10 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         source = Source(pretrained_model_name_or_path, revision, cache_dir, local_files_only, token)
         unknown = sorted(overrides.keys() - GPT2Config.names())
         if unknown:
-            raise TypeError(f"{cls.__name__}.from_pretrained: unexpected argument {unknown[0]!r}")
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained: unexpected argument {unknown[0]!r}; a field of "
+                "GPT2Config goes by its own name, as attn_pdrop=0.1"
+            )
         stored = read_checkpoint(source, needs_config=config is None)
         if config is None:
             with blame(stored.config_path):

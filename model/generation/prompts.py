@@ -32,6 +32,11 @@ class Prompts:
 
         Raises TypeError or ValueError where they do not fit each other.
         """
+        if isinstance(attention_mask, int):
+            raise TypeError(
+                f"generate: attention_mask is {attention_mask}; it must be a tensor. How many tokens to say is "
+                "max_new_tokens"
+            )
         if inputs_embeds is None:
             if input_ids is None:
                 if bos is None:

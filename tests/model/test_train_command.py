@@ -81,7 +81,7 @@ def test_sizes_of_the_page_take_gpt2s_vocabulary(book, tmp_path, monkeypatch):
         (("--data", "nowhere"), r"nowhere has no train-*.bin"),
         (("--data", "nowhere", "--device", "cuda:99"), "--device cuda:99"),
         (("--data", "nowhere", "--lr", "-1"), "lr is -1.0"),
-        (("--data", "nowhere", "--sample", "x"), "nowhere has no train"),
+        (("--data", "nowhere", "--sample", "x"), "--sample needs the tokenizer of --data: --vocabulary"),
     ],
     ids=str,
 )

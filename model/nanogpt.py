@@ -1,0 +1,47 @@
+"""The methods that whoever comes from nanoGPT looks for on a model."""
+
+import torch
+from torch import nn
+
+from kernels.checks import check_number
+
+
+class NanoGPTNames:
+    """For a model with `transformer` and `config`."""
+
+    def get_num_params(self, non_embedding=True):
+        """The number of parameters, without position embeddings; token embeddings count, as the head's weights."""
+        return self.num_parameters() - (self.transformer.wpe.weight.numel() if non_embedding else 0)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type=None):
+        """AdamW with decay for matrices and embeddings alone. device_type: the model's, which need not be said."""
+        from model.training.optimizer import adamw
+
+        if device_type is not None and device_type != self.device.type:
+            raise ValueError(f"configure_optimizers: device_type is {device_type!r}; the model is on {self.device}")
+        return adamw(self, lr=learning_rate, weight_decay=weight_decay, betas=betas)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=None):
+        """The share of the device's FLOP/s that `fwdbwd_per_iter` sequences of n_positions in dt seconds used.
+
+        peak_flops: of the device; by default its data sheet's for 16-bit products. nanoGPT's is always an A100's.
+        """
+        from model.training import optimizer
+
+        peak = optimizer.peak_flops(self.device) if peak_flops is None else peak_flops
+        if peak is None:
+            raise ValueError(f"estimate_mfu: no data sheet of {self.device} is at hand; give its peak_flops, in FLOP/s")
+        T = self.config.n_positions
+        return optimizer.flops_per_token(self, T) * T * fwdbwd_per_iter / dt / peak
+
+    def crop_block_size(self, block_size):
+        """Shortens the model to `block_size` positions, in place."""
+        most = self.config.n_positions
+        check_number(
+            "crop_block_size", block_size, "block_size", f"1 to {most}", lambda n: 1 <= n <= most, integer=True
+        )
+        wpe = self.transformer.wpe
+        with torch.no_grad():
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].clone(), requires_grad=wpe.weight.requires_grad)
+        wpe.num_embeddings = self.config.n_positions = block_size
+        self.release_graphs()

@@ -1,0 +1,111 @@
+"""python -m model.evaluate: each token is predicted once, from as much before it as the stride promises."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from peers import TALKATIVE, spread, tiny_config
+
+from model import GPT2
+from model.evaluate import last_word_accuracy, main, perplexity
+from tokenizer import GPT2Tokenizer
+
+TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return GPT2Tokenizer.train([TEXT] * 3, 290, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, n_positions=32)
+    return spread(GPT2(config, attn_implementation="eager"), TALKATIVE).eval()
+
+
+@pytest.fixture(scope="module")
+def directory(model, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def by_hand(model, ids, T, stride):
+    """The loss of each token but the first, from the first window that holds it."""
+    losses = {}
+    for start in range(0, len(ids), stride):
+        window = torch.tensor(ids[start : start + T])
+        logits = model(window[None], use_cache=False).logits[0].double().log_softmax(-1)
+        for i in range(1, len(window)):
+            losses.setdefault(start + i, -float(logits[i - 1, window[i]]))
+        if start + T >= len(ids):
+            break
+    return losses
+
+
+@pytest.mark.parametrize(("T", "stride"), [(32, 16), (32, 1), (32, 31), (8, 3), (None, None), (2, 1)])
+def test_each_token_counts_once(T, stride, model, tokenizer):
+    ids = tokenizer.encode_ordinary(TEXT)
+    found = perplexity(model, tokenizer, TEXT, T=T, stride=stride)
+    losses = by_hand(model, ids, T or 32, stride or (T or 32) // 2)
+    assert found["tokens"] == len(losses) == len(ids) - 1
+    mean = sum(losses.values()) / len(losses)
+    assert found["loss"] == pytest.approx(mean, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    size = len(TEXT.encode()) - len(tokenizer.decode_bytes(ids[:1]))
+    assert found["bits_per_byte"] == pytest.approx(sum(losses.values()) / math.log(2) / size, rel=1e-5)
+
+
+def test_the_last_word_is_right_where_all_its_tokens_are(model, tokenizer):
+    context = "It was a dark and"
+    ids = tokenizer.encode_ordinary(context)
+    said = tokenizer.decode(model.generate([ids], max_new_tokens=1)[0, len(ids) :].tolist())
+    wrong = "stormy" if said.strip() != "stormy" else "night"
+    found = last_word_accuracy(model, tokenizer, [f"{context} {wrong}", "word", "", f"{context} torrents"])
+    assert found["lines"] == 2
+    for word in (wrong, "torrents"):
+        target = tokenizer.encode_ordinary(" " + word)
+        whole = torch.tensor([*ids, *target])
+        logits = model(whole[None], use_cache=False).logits[0, len(ids) - 1 : -1].double()
+        greedy = bool((logits.argmax(-1) == whole[len(ids) :]).all())
+        alone = last_word_accuracy(model, tokenizer, [f"{context} {word}"])
+        assert alone["accuracy"] == float(greedy)
+        loss = torch.nn.functional.cross_entropy(logits, whole[len(ids) :], reduction="sum")
+        assert alone["loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_the_command(directory, model, tokenizer, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main([str(tmp_path / "text.txt"), "--model", directory, "--seq-len", "16", "--stride", "4", "--json"]) == 0
+    expected = perplexity(model, tokenizer, TEXT, T=16, stride=4)
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert main(["-", "--model", directory, "--last-word"]) == 0
+    assert capsys.readouterr().out.startswith("accuracy ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere.txt",), "nowhere.txt"),
+        (("text.txt", "--stride", "0"), "stride is 0; it must be from 1 to 31"),
+        (("text.txt", "--stride", "32"), "stride is 32"),
+        (("text.txt", "--seq-len", "33"), "windows of 33 tokens; 2 to n_positions = 32"),
+        (("empty.txt",), "the text has 0 tokens"),
+        (("empty.txt", "--last-word"), "no line has two words"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_evaluated_is_one_line(arguments, words, directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_text("")
+    assert main([*arguments, "--model", directory]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
