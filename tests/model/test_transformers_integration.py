@@ -7,9 +7,11 @@ from lanes import across_lanes
 from optional import transformers
 from peers import their_config, tiny_config
 
-from model.integrations.transformers import NAME, Patch, attention, bounds, patch_gpt2, register
-
-register()
+ours = pytest.importorskip(
+    "model.integrations.transformers", reason="transformers is not installed", exc_type=ImportError
+)
+NAME, Patch, attention, bounds, patch_gpt2 = ours.NAME, ours.Patch, ours.attention, ours.bounds, ours.patch_gpt2
+ours.register()
 F32 = torch.float32
 LENGTHS = [9, 4, 7]
 
@@ -52,8 +54,8 @@ def results(model, ids, mask):
 
 
 def assert_same(found, baseline, oracle):
-    for ours, plain, exact in zip(found, baseline, oracle):
-        numerics.assert_gradient_close(ours, plain, exact, beside=(oracle[0] * 0.02,))
+    for fused, plain, exact in zip(found, baseline, oracle):
+        numerics.assert_gradient_close(fused, plain, exact, beside=(oracle[0] * 0.02,))
 
 
 @across_lanes(F32, lanes=("interpret", "sm_90", "gpu"))
@@ -61,10 +63,10 @@ def assert_same(found, baseline, oracle):
 @pytest.mark.parametrize("build", [theirs, llama])
 def test_logits_loss_and_gradients_are_their_attentions(lane, dtype, build, side):
     ids, mask = batch(lane, side)
-    ours, plain = build(lane, attn=NAME), build(lane, attn="eager")
-    assert ours.config._attn_implementation == NAME
+    fused, plain = build(lane, attn=NAME), build(lane, attn="eager")
+    assert fused.config._attn_implementation == NAME
     exact = build(lane, attn="eager").double()
-    assert_same(*(results(model, ids, mask) for model in (ours, plain, exact)))
+    assert_same(*(results(model, ids, mask) for model in (fused, plain, exact)))
 
 
 @across_lanes(F32, lanes=("interpret", "sm_90", "gpu"))
