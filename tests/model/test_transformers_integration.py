@@ -4,22 +4,25 @@ import numerics
 import pytest
 import torch
 from lanes import across_lanes
-from optional import transformers
+from optional import Optional, transformers
 from peers import their_config, tiny_config
 
-ours = pytest.importorskip(
-    "model.integrations.transformers", reason="transformers is not installed", exc_type=ImportError
-)
-NAME, Patch, attention, bounds, patch_gpt2 = ours.NAME, ours.Patch, ours.attention, ours.bounds, ours.patch_gpt2
-ours.register()
+ours = Optional("model.integrations.transformers")
+NAME = "triton_flash"
 F32 = torch.float32
 LENGTHS = [9, 4, 7]
 
 
-def theirs(lane, *, attn, cls=transformers.GPT2LMHeadModel, seed=0, **fields):
-    torch.manual_seed(seed)
+@pytest.fixture(autouse=True)
+def _registered():
+    assert transformers.GPT2Config  # or the test is skipped
+    ours.register()
+
+
+def theirs(lane, *, attn, **fields):
+    torch.manual_seed(0)
     config = their_config(tiny_config(n_layer=2, **fields), attn_implementation=attn)
-    return cls(config).to(lane.device).eval()
+    return transformers.GPT2LMHeadModel(config).to(lane.device).eval()
 
 
 def llama(lane, *, attn, **fields):
@@ -86,7 +89,7 @@ def test_a_patched_gpt2_computes_what_it_computed(lane, dtype, side):
     patched, plain, exact = (theirs(lane, attn="eager") for _ in range(3))
     patched.set_attn_implementation(NAME)
     before = {name: module.forward for name, module in patched.named_modules()}
-    patch = patch_gpt2(patched)
+    patch = ours.patch_gpt2(patched)
     found = results(patched, ids, mask)
     assert_same(found, results(plain, ids, mask), results(exact.double(), ids, mask))
     patch.undo()
@@ -103,7 +106,7 @@ def test_a_patched_gpt2_trains(lane, dtype):
     losses = []
     for attn in (NAME, "sdpa"):
         model = theirs(lane, attn=attn, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
-        patch = patch_gpt2(model) if attn == NAME else Patch()
+        patch = ours.patch_gpt2(model) if attn == NAME else ours.Patch()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(5):
             loss = model(ids, labels=ids).loss
@@ -133,7 +136,7 @@ def test_what_stands_in_a_modules_place_is_called(lane, dtype):
         logits, seen = [], []
         for is_patched in (True, False):
             model = theirs(lane, attn="eager")
-            patch = patch_gpt2(model) if is_patched else Patch()
+            patch = ours.patch_gpt2(model) if is_patched else ours.Patch()
             block = model.transformer.h[1]
             if change == "adapter":
                 block.mlp.c_fc = Adapted(block.mlp.c_fc)
@@ -152,32 +155,32 @@ def test_other_models_are_not_patched():
         device = "cpu"
 
     with pytest.raises(TypeError, match="model is LlamaForCausalLM; a GPT-2 of transformers is required"):
-        patch_gpt2(llama(Lane, attn="eager"))
+        ours.patch_gpt2(llama(Lane, attn="eager"))
 
 
 class TestBounds:
     def test_nothing_is_made_where_nothing_is_padded(self):
         for mask in (None, torch.ones(2, 5, dtype=torch.bool)):
-            assert bounds(2, 5, 5, attention_mask=mask) is None
-            assert bounds(2, 1, 5, q_offset=4, attention_mask=mask) is None
+            assert ours.bounds(2, 5, 5, attention_mask=mask) is None
+            assert ours.bounds(2, 1, 5, q_offset=4, attention_mask=mask) is None
 
     def test_padding_and_a_static_cache(self):
         mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
-        assert bounds(2, 2, 5, q_offset=3, attention_mask=mask)[:, 0, 0].tolist() == [[3, 1, 4], [3, 0, 5]]
-        assert bounds(2, 1, 8, q_offset=4, attention_mask=mask)[:, 0, 0].tolist() == [[4, 1, 4], [4, 0, 5]]
-        assert bounds(2, 3, 8, q_offset=0, device="cpu")[:, 0, 0].tolist() == [[0, 0, 8]] * 2
+        assert ours.bounds(2, 2, 5, q_offset=3, attention_mask=mask)[:, 0, 0].tolist() == [[3, 1, 4], [3, 0, 5]]
+        assert ours.bounds(2, 1, 8, q_offset=4, attention_mask=mask)[:, 0, 0].tolist() == [[4, 1, 4], [4, 0, 5]]
+        assert ours.bounds(2, 3, 8, q_offset=0, device="cpu")[:, 0, 0].tolist() == [[0, 0, 8]] * 2
 
     def test_transformers_4_gives_positions(self):
         mask = torch.tensor([[0, 1, 1]])
-        assert bounds(1, cache_position=torch.tensor([1, 2]), kv_length=3, attention_mask=mask)[:, 0, 0].tolist() == [
-            [1, 1, 3]
-        ]
+        assert ours.bounds(1, cache_position=torch.tensor([1, 2]), kv_length=3, attention_mask=mask)[
+            :, 0, 0
+        ].tolist() == [[1, 1, 3]]
 
     def test_other_masks_are_refused(self):
         with pytest.raises(ValueError, match="row 0 has a hole"):
-            bounds(1, 3, 3, attention_mask=torch.tensor([[1, 0, 1]]))
+            ours.bounds(1, 3, 3, attention_mask=torch.tensor([[1, 0, 1]]))
         with pytest.raises(ValueError, match="the model masks by and_mask, which is neither"):
-            bounds(1, 3, 3, mask_function=transformers.masking_utils.sliding_window_causal_mask_function(2))
+            ours.bounds(1, 3, 3, mask_function=transformers.masking_utils.sliding_window_causal_mask_function(2))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ class TestBounds:
 def test_what_the_kernels_do_not_do_is_named(options, words):
     q = torch.zeros(2, 3, 4, 16)
     with pytest.raises(ValueError, match=f"triton_flash: .*{words}"):
-        attention(torch.nn.Module(), q, q, q, **{"attention_mask": None, **options})
+        ours.attention(torch.nn.Module(), q, q, q, **{"attention_mask": None, **options})
 
 
 def test_sliding_windows_of_a_model_are_refused():
