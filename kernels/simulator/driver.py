@@ -59,7 +59,7 @@ class Simulation:
                     f"{loaded.name}: grid {tuple(grid)} has {size} blocks along {axis}; a GPU takes at most {most}"
                 )
         program = loaded.program(self._transform)
-        memory = GlobalMemory(tensors)
+        memory = GlobalMemory(tensors, program.kernel.tables)
         values = [memory.address(a) if isinstance(a, torch.Tensor) else a for a in arguments]
         values += [0] * (len(program.kernel.parameters) - len(values))  # scratch pointers, unused
         launch = Launch(program, grid, values, memory, self._schedule)

@@ -12,7 +12,7 @@ from .counters import Counters
 from .errors import BarrierDeadlock, KernelError
 from .global_races import GlobalRaces, global_accesses, granule_of
 from .instructions import decode
-from .memory import SharedMemory
+from .memory import LocalMemory, SharedMemory
 from .patterns import Patterns
 from .ptx import TYPES, Vector
 from .races import RaceDetector
@@ -99,6 +99,7 @@ class _Batch:
         self.coordinates = np.stack([block_ids % x, block_ids // x % y, block_ids // (x * y)], 1).astype(np.uint32)
         blocks, warps = len(block_ids), launch.num_warps
         self.shared = SharedMemory(blocks, launch.shared)
+        self.local = LocalMemory(32 * blocks * warps, self.program.kernel.local_bytes)
         self.races = RaceDetector(self.program, blocks, self.shared)
         self.arrived = np.zeros((blocks, 16), np.int64)
         self.generation = np.zeros((blocks, 16), np.int64)

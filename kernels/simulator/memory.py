@@ -1,4 +1,4 @@
-"""Global memory with red zones, and the shared memory of a batch of blocks."""
+"""Global memory with red zones, the shared memory of a batch of blocks, and what each thread has alone."""
 
 import ctypes
 
@@ -26,8 +26,8 @@ class GlobalMemory:
     _RED_ZONE = 4096
     _ALIGNMENT = 256  # what a device allocator guarantees
 
-    def __init__(self, tensors):
-        """tensors: {argument name: torch tensor on the CPU}."""
+    def __init__(self, tensors, tables=()):
+        """tensors: {argument name: torch tensor on the CPU}. tables: {name: bytes} of the module itself."""
         self._storages, self.names, starts = [], [], {}
         at = self._RED_ZONE
         for name, tensor in tensors.items():
@@ -43,11 +43,20 @@ class GlobalMemory:
             self.names.append(name)
             at = -(-(begin + storage.nbytes() + self._RED_ZONE) // self._ALIGNMENT) * self._ALIGNMENT
         self._starts = starts
+        ranges = [(begin, begin + storage.nbytes()) for storage, begin in self._storages]
+        self.tables = {}  # name -> device address
+        for name, content in dict(tables).items():
+            self.names.append(name)
+            self.tables[name] = self.BASE + at
+            ranges.append((at, at + len(content)))
+            at = -(-(at + len(content) + self._RED_ZONE) // self._ALIGNMENT) * self._ALIGNMENT
         self.bytes = np.full(at, POISON, np.uint8)
-        self.begin = np.array([begin for _, begin in self._storages] or [0], np.int64)
-        self.end = np.array([begin + s.nbytes() for s, begin in self._storages] or [0], np.int64)
+        self.begin, self.end = np.array(ranges or [(0, 0)], np.int64).T.copy()
         for storage, begin in self._storages:
             self.bytes[begin : begin + storage.nbytes()] = _host_bytes(storage)
+        for name, content in dict(tables).items():
+            begin = self.tables[name] - self.BASE
+            self.bytes[begin : begin + len(content)] = np.frombuffer(content, np.uint8)
 
     def address(self, tensor):
         """The device address of a tensor's first element."""
@@ -96,7 +105,7 @@ class GlobalMemory:
 
     def _nearest(self, offset):
         """The storage closest to an offset: its name and the distance in bytes from its begin and from its end."""
-        if not self._storages:
+        if not self.names:
             return None, 0, 0
         gap = np.maximum(np.maximum(self.begin - offset, offset - self.end + 1), 0)
         i = int(gap.argmin())
@@ -149,6 +158,35 @@ class SharedMemory:
         return local + (bases if threads is None else bases[threads])
 
     def load(self, offsets, size, count):
+        return _rows(self.bytes, size, count)[offsets // (size * count)]
+
+    def store(self, offsets, values, size, count):
+        _rows(self.bytes, size, count)[offsets // (size * count)] = values
+
+
+class LocalMemory:
+    """What each thread of a batch has for itself, side by side: arrays that it indexes, which no other can see."""
+
+    def __init__(self, threads, size):
+        self.size = size
+        self.bytes = np.full(threads * size, POISON, np.uint8)
+
+    def locate(self, team, addresses, size, threads=None):
+        """Byte offsets of the accesses at `addresses` (one per active thread), each checked. Raises KernelError."""
+        own = addresses.view(f"i{addresses.dtype.itemsize}").astype(np.int64) - SHARED_BASE
+        for kind, bad, what in (
+            (OutOfBounds, (own < 0) | (own + size > self.size), "out-of-bounds"),
+            (Misaligned, own % size != 0, "misaligned"),
+        ):
+            if bad.any():
+                at = int(np.flatnonzero(bad)[0])
+                words = f"{what} {size}-byte access to local memory at byte {int(own[at])} of {self.size}"
+                raise team.fault(kind, words, at, threads, address=int(addresses[at]))
+        number = team.thread if threads is None else team.thread[threads]
+        return number * self.size + own
+
+    def load(self, offsets, size, count):
+        """(accesses, count) array of `size`-byte elements."""
         return _rows(self.bytes, size, count)[offsets // (size * count)]
 
     def store(self, offsets, values, size, count):

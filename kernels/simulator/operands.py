@@ -41,11 +41,10 @@ def reader(operand, kind, kernel):
     if isinstance(operand, Symbol) and operand.name in kernel.symbols:
         value = dtype.type(kernel.symbols[operand.name] + SHARED_BASE)
         return lambda team: value
+    if isinstance(operand, Symbol) and operand.name in kernel.tables:
+        return lambda team: dtype.type(team.memory.tables[operand.name])
     if isinstance(operand, Symbol):
-        raise Unimplemented(
-            f"{operand.name}, a table in the module's own memory; only shared memory has a name here "
-            "(tl.sin and tl.cos reduce large arguments by such a table)"
-        )
+        raise Unimplemented(f"{operand.name}, which is neither an array in shared or local memory nor a table of bytes")
     if not isinstance(operand, Register):
         raise Unimplemented(f"operand {operand} as {kind}")
     index, declared = operand.index, TYPES[operand.type]

@@ -117,7 +117,8 @@ class Kernel:
     registers: list = field(default_factory=list)
     instructions: list = field(default_factory=list)
     labels: dict = field(default_factory=dict)
-    symbols: dict = field(default_factory=dict)  # shared-memory arrays: name -> byte offset
+    symbols: dict = field(default_factory=dict)  # shared and local arrays: name -> byte offset
+    tables: dict = field(default_factory=dict)  # the module's own arrays in global memory: name -> bytes
     local_bytes: int = 0
 
     def where(self, instruction):
@@ -134,6 +135,7 @@ _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _LABEL = re.compile(r"^([$\w]+):\s*")
 _GUARD = re.compile(r"^@(!?)\s*([%\w$]+)\s+")
 _INTEGER = re.compile(r"^-?(0[xX][0-9a-fA-F]+|\d+)U?$")
+_TABLE = re.compile(r"\.global\s+(?:\.align\s+\d+\s+)?\.[bu]8\s+([\w$]+)\[\d+\]\s*=\s*\{([^}]*)\}")
 _SPECIAL = re.compile(r"^%(n?tid|n?ctaid|n?clusterid|cluster_n?ctaid)\.[xyz]$|^%(laneid|n?warpid|n?smid|clock(64)?)$")
 
 
@@ -155,6 +157,8 @@ def parse(text):
     )
     for symbol in re.findall(r"\.extern \.shared [^;]*?\b(\w+)\[\]", text[: entry.start()]):
         kernel.symbols[symbol] = 0
+    for symbol, numbers in _TABLE.findall(text[: entry.start()]):
+        kernel.tables[symbol] = bytes(int(number, 0) for number in numbers.split(","))
     _Body(kernel).read(text[entry.end() :])
     return kernel
 

@@ -26,8 +26,10 @@ class Team:
         self.thread_block, self.thread_warp = np.repeat(block, 32), np.repeat(warp, 32)
         self.block_bits = bit_set(block)
         self.lane = np.tile(np.arange(32), self.warps)
+        self.thread = (self.thread_block * batch.launch.num_warps + self.thread_warp) * 32 + self.lane  # of the batch
         self.shared_base = self.thread_block * batch.shared.stride
         self.registers = [None] * len(self.program.types)
+        self.carry = 0  # the flag of each thread, see instructions/carry.py
         self.mask = None
         self.paths = {0: None}  # instruction to go on from -> threads (None: all)
         self.parked = []  # (instruction, threads, barrier ticket)
@@ -45,6 +47,10 @@ class Team:
     @property
     def shared(self):
         return self.batch.shared
+
+    @property
+    def local(self):
+        return self.batch.local
 
     @property
     def races(self):

@@ -435,3 +435,47 @@ def test_predicated_instructions_leave_other_threads_alone():
 
 def test_a_register_that_no_one_wrote_is_nan():
     assert np.isnan(elementwise("mov.b32 {d}, %r7", [F], "f32")).all()
+
+
+def words(values, count):
+    """Python integers as `count` arrays of their 32-bit words, the lowest first."""
+    return [np.array([value >> 32 * i & 0xFFFFFFFF for value in values], np.uint32) for i in range(count)]
+
+
+WIDE = [0, 1, 2**32 - 1, 2**32, 2**64 - 1, 2**96 - 1, 0x0123456789ABCDEF01234567, 0xFFFFFFFF00000001FFFFFFFF]
+
+
+@pytest.mark.parametrize(("name", "formula"), [("add", lambda a, b: a + b), ("sub", lambda a, b: a - b)])
+def test_sums_of_96_bits_carry(name, formula):
+    a, b = zip(*[(x, y) for x in WIDE for y in WIDE])
+    sources = [*words(a, 3), *words(b, 3)]
+    chain = (
+        (f"{name}.cc.u32 %r60, {{a}}, {{d3}};\n{name}c.cc.u32 %r61, {{b}}, {{d4}};\n{name}c.u32 %r62, {{c}}, {{d5}};\n")
+        .replace("{d3}", "%r43")
+        .replace("{d4}", "%r44")
+        .replace("{d5}", "%r45")
+    )
+    for i in range(3):
+        found = elementwise(f"{chain}mov.b32 {{d}}, %r6{i}", sources, "u32")
+        expected = [formula(x, y) >> 32 * i & 0xFFFFFFFF for x, y in zip(a, b)]
+        assert found.tolist() == expected
+
+
+def test_a_product_of_64_and_32_bits_carries():
+    """As tl.sin's reduction of large arguments multiplies."""
+    values = [1, 0x80000000, 0xFFFFFFFF, 0x9E3779B9]
+    a, b = zip(*[(x, y) for x in WIDE[:5] for y in values])
+    sources = [*words(a, 2), np.array(b, np.uint32)]
+    chain = (
+        "mad.lo.cc.u32 %r60, {a}, {c}, 0;\nmadc.hi.u32 %r61, {a}, {c}, 0;\nmad.lo.cc.u32 %r61, {b}, {c}, %r61;\n"
+        "madc.hi.u32 %r62, {b}, {c}, 0;\n"
+    )
+    for i in range(3):
+        found = elementwise(f"{chain}mov.b32 {{d}}, %r6{i}", sources, "u32")
+        assert found.tolist() == [x * y >> 32 * i & 0xFFFFFFFF for x, y in zip(a, b)]
+
+
+def test_the_carry_flag_is_kept_where_a_thread_does_not_execute():
+    a = np.array([0xFFFFFFFF, 1, 0xFFFFFFFF, 1], np.uint32)
+    chain = "setp.lt.u32 %p1, %r500, 2;\nadd.cc.u32 %r60, {a}, 1;\n@%p1 add.cc.u32 %r60, 0, 0;\naddc.u32 {d}, 0, 0"
+    assert elementwise(chain, [a], "u32").tolist() == [0, 0, 1, 0]

@@ -85,9 +85,9 @@ def test_a_fault_leaves_the_tensors_as_they_were():
     assert torch.equal(x, tensor(X[:16]))
 
 
-@pytest.mark.parametrize("text", ["tcgen05.alloc.cta_group::1.sync.aligned.b32 [%r1], 32", "ld.local.b32 %r1, [%r2]",
+@pytest.mark.parametrize("text", ["tcgen05.alloc.cta_group::1.sync.aligned.b32 [%r1], 32",
                                   "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1}, {%r1}, {%r1}, {%r1}",
-                                  "add.rz.f32 %r1, %r1, %r1", "add.cc.u32 %r1, %r1, %r1",
+                                  "add.rz.f32 %r1, %r1, %r1", "sad.u32 %r1, %r1, %r1, %r1",
                                   "max.xorsign.abs.f32 %r1, %r1, %r1"],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_with_its_text(text):
@@ -219,3 +219,33 @@ def test_shared_atomics_do_not_race_with_each_other_but_with_reads():
     assert (out.numpy().view(np.uint32) == 64).all()
     with pytest.raises(SharedMemoryRace, match="an atomic"):
         launch(body + "ld.shared.b32 %r4, [%r9];\n" + OUT, [out], threads=64)
+
+
+LOCAL = ".local .align 4 .b8 depot[16];\n.reg .b64 %own;\nmov.b64 %own, depot;\n"
+PLACE = "mad.wide.u32 %rd3, %r1, 4, %rd1;\n"
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_each_thread_has_local_memory_of_its_own(seed):
+    """Also in a branch that half of the threads take, and after it."""
+    out = tensor(np.zeros(128, np.uint32))
+    body = (
+        f"{LOCAL}{THREAD}{PLACE}st.local.b32 [%own+8], %r1;\nsetp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L;\n"
+        "cvt.u32.u64 %r3, %own;\nst.local.b32 [%r3+8], 7;\n$L:\nbar.sync 0;\nld.local.b32 %r2, [%own+8];\n"
+        "st.global.b32 [%rd3], %r2;"
+    )
+    launch(body, [out], threads=128, seed=seed)
+    assert out.numpy().view(np.uint32).tolist() == [*range(40)] + [7] * 88
+
+
+@pytest.mark.parametrize(
+    ("access", "error", "words"),
+    [
+        ("ld.local.b32 %r2, [%own+16]", OutOfBounds, "out-of-bounds 4-byte access to local memory at byte 16 of 16"),
+        ("ld.local.b32 %r2, [%own+-4]", OutOfBounds, "at byte -4 of 16"),
+        ("st.local.b32 [%own+2], %r1", Misaligned, "misaligned 4-byte access to local memory at byte 2"),
+    ],
+)
+def test_local_memory_ends_where_it_was_declared(access, error, words):
+    with pytest.raises(error, match=words):
+        launch(f"{LOCAL}{THREAD}{access};", [tensor(np.zeros(32, np.uint32))])

@@ -40,9 +40,8 @@ def beyond(x, o, n, B: tl.constexpr):
     tl.store(o + i, tl.load(x + i), mask=i < n)
 
 @triton.jit
-def sine(x, B: tl.constexpr):
-    i = tl.arange(0, B)
-    tl.store(x + i, tl.sin(tl.load(x + i)))
+def printing(x, B: tl.constexpr):
+    tl.device_print("x", tl.load(x + tl.arange(0, B)))
 """
 
 
@@ -99,7 +98,7 @@ def test_a_program_written_for_a_gpu_runs_and_is_counted(run, tmp_path):
             3,
             ["OutOfBounds: beyond:", "28 threads in all", f"program.py:{line_of('load(x + i), ')}"],
         ),
-        ("sine[1,](x, B=64)", 4, ["Unimplemented: sine:"]),
+        ("printing[1,](x, B=64)", 4, ["Unimplemented: printing:"]),
         ("sys.exit(7)", 7, ["0 launches of 0 kernels", "no fault"]),
         ("x[100]", 1, ["IndexError", "the program ended with an exception"]),
     ],

@@ -9,6 +9,7 @@ for _family in (
     "async_copy",
     "atomics",
     "bits",
+    "carry",
     "control",
     "convert",
     "memory_access",

@@ -5,10 +5,11 @@ import numpy as np
 from ..errors import Unimplemented
 from ..global_races import STRONG
 from ..operands import reader, writer
-from ..ptx import TYPES, Address, Immediate, Symbol, Vector
+from ..ptx import TYPES, Address, Immediate, Register, Symbol, Vector
 from .registry import guard_of, instruction, unknown
 
-SPACES = ("param", "global", "shared", "local")
+MEMORIES = {"global": "memory", "shared": "shared", "local": "local"}  # a team's attributes
+SPACES = ("param", *MEMORIES)
 
 
 def space_of(inst):
@@ -25,6 +26,13 @@ def address_reader(operand, kind, kernel):
     if isinstance(base, (Immediate, Symbol)):
         return lambda team: np.full(team.size, read(team) + offset)
     return (lambda team: read(team) + offset) if operand.offset else read
+
+
+def _address_kind(space, operand):
+    """Global addresses have 64 bits and shared ones 32; the compiler puts local ones into registers of either size."""
+    if space == "local" and isinstance(operand, Address) and isinstance(operand.base, Register):
+        return f"u{8 * TYPES[operand.base.type].itemsize}"
+    return "u64" if space == "global" else "u32"
 
 
 def items(operand):
@@ -45,10 +53,10 @@ def ld(inst, kernel):
     space = space_of(inst)
     if space == "param":
         return _load_parameter(inst, kernel)
-    if space == "local" or space is None:
+    if space is None:
         raise unknown(inst)
     targets, size, count = items(inst.operands[0]), TYPES[inst.type].itemsize, len(items(inst.operands[0]))
-    where = address_reader(inst.operands[1], "u32" if space == "shared" else "u64", kernel)
+    where = address_reader(inst.operands[1], _address_kind(space, inst.operands[1]), kernel)
     write, guard = [writer(t, inst.type) for t in targets], guard_of(inst, kernel)
     dtype = TYPES[inst.type]
     strong = inst.has(*STRONG)
@@ -60,14 +68,14 @@ def ld(inst, kernel):
             for put in write:
                 put(team, np.zeros(team.size, dtype), mask)
             return
-        memory = team.shared if space == "shared" else team.memory
+        memory = getattr(team, MEMORIES[space])
         addresses = chosen(where(team), threads)
         offsets = memory.locate(team, addresses, size * count, threads)
         if space == "shared":
             pattern = team.pattern(addresses, size * count, threads)
             team.races.read_by(team, inst, offsets, size * count, threads, pattern.distinct)
             team.counters.shared(pattern)
-        else:
+        elif space == "global":
             team.counters.read(team, inst, offsets, size * count, threads)
             look = team.global_races.atomic_by if strong else team.global_races.read_by
             look(team, inst, offsets, size * count, threads)
@@ -104,11 +112,11 @@ def _load_parameter(inst, kernel):
 @instruction("st")
 def st(inst, kernel):
     space = space_of(inst)
-    if space not in ("global", "shared"):
+    if space not in MEMORIES:
         raise unknown(inst)
     sources, size = items(inst.operands[1]), TYPES[inst.type].itemsize
     count, raw = len(sources), f"b{8 * size}"
-    where = address_reader(inst.operands[0], "u32" if space == "shared" else "u64", kernel)
+    where = address_reader(inst.operands[0], _address_kind(space, inst.operands[0]), kernel)
     read, guard = [reader(s, raw, kernel) for s in sources], guard_of(inst, kernel)
     dtype, strong = TYPES[raw], inst.has(*STRONG)
 
@@ -116,7 +124,7 @@ def st(inst, kernel):
         threads = active(guard(team))
         if threads is not None and not len(threads):
             return
-        memory = team.shared if space == "shared" else team.memory
+        memory = getattr(team, MEMORIES[space])
         addresses = chosen(where(team), threads)
         offsets = memory.locate(team, addresses, size * count, threads)
         values = np.empty((len(offsets), count), dtype)
@@ -126,7 +134,7 @@ def st(inst, kernel):
         if space == "shared":
             team.races.written_by(team, inst, offsets, size * count, threads, values.view(np.uint8))
             team.counters.shared(team.pattern(addresses, size * count, threads))
-        else:
+        elif space == "global":
             team.counters.wrote(team, inst, offsets, size * count, threads)
             if strong:
                 team.global_races.atomic_by(team, inst, offsets, size * count, threads)

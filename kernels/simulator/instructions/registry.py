@@ -63,9 +63,10 @@ def elementwise(*opcodes, modifiers=None):
 
 def decode(inst, kernel):
     """The function execute(team) of one instruction; raises Unimplemented for what is not known."""
-    if inst.opcode not in _ROOMS:
+    name = f"{inst.opcode}.cc" if inst.has("cc") else inst.opcode  # what sets the carry flag: see carry.py
+    if name not in _ROOMS:
         raise unknown(inst)
-    return _ROOMS[inst.opcode](inst, kernel)
+    return _ROOMS[name](inst, kernel)
 
 
 def unknown(inst):
