@@ -87,7 +87,7 @@ def test_a_fault_leaves_the_tensors_as_they_were():
 
 @pytest.mark.parametrize("text", ["tcgen05.alloc.cta_group::1.sync.aligned.b32 [%r1], 32",
                                   "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1}, {%r1}, {%r1}, {%r1}",
-                                  "add.rz.f32 %r1, %r1, %r1", "sad.u32 %r1, %r1, %r1, %r1",
+                                  "add.rz.f32 %r1, %r1, %r1", "dp4a.u32.u32 %r1, %r1, %r1, %r1",
                                   "max.xorsign.abs.f32 %r1, %r1, %r1"],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_with_its_text(text):
