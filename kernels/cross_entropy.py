@@ -54,15 +54,15 @@ OPTIONS_SCHEMA = "int ignore_index, float label_smoothing, float softcap, float 
 
 @triton.jit
 def _cross_entropy_forward_kernel(
-    logits_ptr,
-    target_ptr,
-    class_weight_ptr,
-    total_weight_ptr,
-    counts_ptr,
-    dloss_ptr,
-    loss_ptr,
-    m_ptr,
-    l_ptr,
+    logits_ptr,  # [M, V]
+    target_ptr,  # [M]
+    class_weight_ptr,  # [V], or None
+    total_weight_ptr,  # [1]: their sum
+    counts_ptr,  # [2]: targets that count, and ratio; or None
+    dloss_ptr,  # [M], or None
+    loss_ptr,  # [M]
+    m_ptr,  # [M], or None
+    l_ptr,  # [M], or None
     stride_logits,
     stride_target,
     stride_dloss,
@@ -167,15 +167,15 @@ def _finite(ratio):
 
 @triton.jit
 def _cross_entropy_backward_kernel(
-    dloss_ptr,
-    counts_ptr,
-    logits_ptr,
-    target_ptr,
-    class_weight_ptr,
-    total_weight_ptr,
-    m_ptr,
-    l_ptr,
-    dlogits_ptr,
+    dloss_ptr,  # [M]
+    counts_ptr,  # [2]: targets that count, and ratio; or None
+    logits_ptr,  # [M, V]
+    target_ptr,  # [M]
+    class_weight_ptr,  # [V], or None
+    total_weight_ptr,  # [1]: their sum
+    m_ptr,  # [M]
+    l_ptr,  # [M]
+    dlogits_ptr,  # [M, V]
     stride_dloss,
     stride_logits,
     stride_target,

@@ -81,8 +81,8 @@ def _weighted_sum(x, class_weight_ptr, offs, V: tl.constexpr):
 
 @triton.jit
 def _row_statistics(
-    row_ptr,
-    class_weight_ptr,
+    row_ptr,  # [V]
+    class_weight_ptr,  # [V], or None
     anchor,
     softcap,
     V: tl.constexpr,
@@ -164,7 +164,7 @@ def _gradient_tile(
     hot,
     cold,
     softcap,
-    class_weight_ptr,
+    class_weight_ptr,  # [V], or None
     V: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
@@ -183,9 +183,9 @@ def _gradient_tile(
 
 @triton.jit
 def _write_gradient(
-    row_ptr,
-    gradient_ptr,
-    class_weight_ptr,
+    row_ptr,  # [V]
+    gradient_ptr,  # [V]
+    class_weight_ptr,  # [V], or None
     target,
     w_target,
     m,
