@@ -256,7 +256,8 @@ def flash_attention(
 
     Returns o [B, H, T_q, D] in the inputs' dtype, in memory order [B, T_q, H, D]; with return_lse also the log-sum-exp
     of each query's scaled scores, [B, H, T_q] fp32, not differentiable. A query that sees no key gives 0, and
-    lse = -inf. Scores and softmax are fp32; fp32 inputs are multiplied in fp32, never TF32.
+    lse = -inf. Scores and softmax are fp32; fp32 inputs are multiplied in fp32, never TF32. Scaled scores may reach
+    4e8 in magnitude, and 1e5 where gradients are taken; beyond, results are wrong (see README.md).
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
     refuse_transforms("flash_attention")

@@ -3,6 +3,7 @@
 import numerics
 import pytest
 import torch
+from attention_cases import check_against_oracle, inputs
 from lanes import across_lanes
 from rowwise import poisoned
 
@@ -106,6 +107,16 @@ def test_outputs_may_be_modified_in_place(lane, dtype):
 
 
 @pytest.mark.simulate
+@across_lanes(torch.bfloat16, lanes=("sm_80", "sm_90", "gpu"))
+def test_large_scores_are_told_apart(lane, dtype):
+    """A softmax of such scores is an arg max, and its output the value of the largest: 4e8, and 4e4 with gradients."""
+    q, k, v, do = inputs((1, 2, 33, 33, 64), dtype, lane.device)
+    o, baseline = flash_attention(q * 1e4, k * 1e4, v), reference.attention(q * 1e4, k * 1e4, v)[0]
+    oracle = reference.attention(*(x.double() for x in (q * 1e4, k * 1e4, v)))[0]
+    numerics.assert_close(o, baseline, oracle)
+    check_against_oracle(q * 100, k * 100, v, do)
+
+
 def test_heads_are_laid_along_x_where_a_grid_may_have_more_than_65535_blocks():
     from kernels.simulator import simulate
 
