@@ -276,6 +276,11 @@ class GPT2Model(PretrainedModel):
         if given.dim() != (2 if C is None else 3) or given.shape[2:].numel() != (C or 1):
             expected = "input_ids must be [B, T]" if C is None else f"inputs_embeds must be [B, T, n_embd = {C}]"
             raise ValueError(f"GPT2Model: {expected}; its shape is {tuple(given.shape)}")
+        dtype = self.wpe.weight.dtype
+        if C is not None and torch.promote_types(given.dtype, dtype) != dtype:
+            raise TypeError(
+                f"GPT2Model: inputs_embeds is {given.dtype}; the model is {dtype}: .to(model.dtype) fits it"
+            )
         B, T = given.shape[:2]
         if self.config.n_positions < T:
             raise ValueError(f"GPT2Model: the input has {T} tokens; n_positions is {self.config.n_positions}")

@@ -1,9 +1,12 @@
 """The methods that whoever comes from nanoGPT looks for on a model."""
 
+import math
+
 import torch
 from torch import nn
 
 from kernels.checks import check_number
+from model.config import brief
 
 
 class NanoGPTNames:
@@ -17,9 +20,12 @@ class NanoGPTNames:
         """AdamW with decay for matrices and embeddings alone. device_type: the model's, which need not be said."""
         from model.training.optimizer import adamw
 
-        if device_type is not None and device_type != self.device.type:
-            raise ValueError(f"configure_optimizers: device_type is {device_type!r}; the model is on {self.device}")
-        return adamw(self, lr=learning_rate, weight_decay=weight_decay, betas=betas)
+        if device_type is not None and not (isinstance(device_type, str) and device_type == self.device.type):
+            raise ValueError(
+                f"configure_optimizers: device_type is {brief(device_type)}; the model is on {self.device}"
+            )
+        options = {"weight_decay": weight_decay, "betas": betas, "function": "configure_optimizers"}
+        return adamw(self, lr=learning_rate, **options)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=None):
         """The share of the device's FLOP/s that `fwdbwd_per_iter` sequences of n_positions in dt seconds used.
@@ -28,6 +34,10 @@ class NanoGPTNames:
         """
         from model.training import optimizer
 
+        for name, value in (("fwdbwd_per_iter", fwdbwd_per_iter), ("dt", dt), ("peak_flops", peak_flops)):
+            if name != "peak_flops" or value is not None:
+                words = "finite, and positive"
+                check_number("estimate_mfu", value, name, words, lambda x: 0.0 < x < math.inf)
         peak = optimizer.peak_flops(self.device) if peak_flops is None else peak_flops
         if peak is None:
             raise ValueError(f"estimate_mfu: no data sheet of {self.device} is at hand; give its peak_flops, in FLOP/s")

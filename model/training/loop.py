@@ -21,6 +21,7 @@ import torch
 
 from kernels.checks import check_flag, check_number
 from model.checkpoints.atomic import write_file
+from model.config import brief
 from model.training.data import Batches, Tokens
 from model.training.log import Log, bar
 from model.training.optimizer import adamw, flops_per_token, learning_rate, peak_flops
@@ -75,8 +76,8 @@ class Settings:
             check_number("training", getattr(self, name), name, words, lambda x, low=low: low <= x < math.inf)
         for name in ("once", "compile"):
             check_flag("training", getattr(self, name), name)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"training: dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise ValueError(f"training: dtype is {brief(self.dtype)}; it must be one of {', '.join(DTYPES)}")
 
     @classmethod
     def fixed(cls):

@@ -4,22 +4,32 @@ import math
 
 import torch
 
+from kernels.checks import check_number
+from model.config import brief
+
 # Dense 16-bit matrix products with fp32 sums, FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
-def adamw(model, *, lr, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8):
+def adamw(model, *, lr, weight_decay=0.1, betas=(0.9, 0.95), function="adamw"):
     """torch's AdamW, fused where it can be. Matrices and embeddings decay; biases and norms do not.
 
-    Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B, for betas and decay.
+    Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B, for betas and decay. Raises TypeError or
+    ValueError, in the name of `function`, for a rate, a decay or betas that cannot be.
     """
+    check_number(function, lr, "learning_rate", "finite, and positive", lambda x: 0.0 < x < math.inf)
+    check_number(function, weight_decay, "weight_decay", "finite, and at least 0", lambda x: 0.0 <= x < math.inf)
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"{function}: betas is {brief(betas)}; it must be two numbers")
+    for beta in betas:
+        check_number(function, beta, "one of betas", "at least 0, and below 1", lambda x: 0.0 <= x < 1.0)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
 def learning_rate(step, *, lr, warmup, steps, least):
