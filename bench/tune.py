@@ -38,7 +38,7 @@ from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
 from bench.lib.record import progress, save, table
 from kernels import configs
-from kernels.configs import ATTENTION, AttentionConfig, attention_config, family
+from kernels.configs import ATTENTION, SHORT_T, AttentionConfig, attention_config, attention_row, family
 from kernels.launch import forget
 from kernels.library import active_arch
 
@@ -105,7 +105,7 @@ class Trial:
 
     def __init__(self, device, dtype, head_dim, seq_len):
         self.device, self.dtype, self.head_dim = device, dtype, head_dim
-        self.itemsize = DTYPES[dtype].itemsize
+        self.itemsize, self.seq_len = DTYPES[dtype].itemsize, seq_len
         self.rows = ATTENTION[family(active_arch())]
         heads = max(1, WIDTH // head_dim)
         self.case = Case(dtype, max(1, TOKENS // seq_len), heads, seq_len, head_dim, causal=True)
@@ -114,15 +114,20 @@ class Trial:
         self.spilled = {}  # {(direction, config): registers}
 
     def _shapes(self):
-        odd = Case(self.dtype, 1, 2, ODD_T, self.head_dim, causal=True)
+        odd_T = ODD_T + (SHORT_T if self.seq_len > SHORT_T else 0)  # of the same row
+        odd = Case(self.dtype, 1, 2, odd_T, self.head_dim, causal=True)
         return (self.case, self.inputs), (odd, odd.inputs(self.device))
 
     def present(self, direction):
-        return attention_config(direction, DTYPES[self.dtype], self.head_dim)
+        return attention_config(direction, DTYPES[self.dtype], self.head_dim, self.seq_len)
+
+    def key(self, direction):
+        """The table's row that is tuned: a short one's where there is one for this length."""
+        return attention_row(family(active_arch()), direction, self.itemsize, self.head_dim, self.seq_len)
 
     def use(self, direction, config):
         """Puts a config into the table of this process."""
-        key = direction, self.itemsize
+        key = self.key(direction)
         self.rows[key] = self.rows[key] | {self.head_dim: config}
         forget()
 
@@ -279,7 +284,7 @@ def tune_all(args, clock):
             for direction in DIRECTIONS:
                 config, rows = tune(trial, direction, quick=args.quick, clock=clock)
                 trial.use(direction, config)
-                chosen.setdefault((direction, trial.itemsize), {})[head_dim] = config
+                chosen.setdefault(trial.key(direction), {})[head_dim] = config
                 record += rows
     return chosen, record
 

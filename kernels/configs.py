@@ -63,6 +63,9 @@ ATTENTION = {
         # 8.6, 10.3, 14.3; 2, 1, 1 blocks. At D = 64 128 x 128 takes 6.9 but holds one block: on an H100 this takes 13
         # to 29% less time (bench/results/nvidia-h100-80gb-hbm3/NOTES.md). 64 rows re-read k and v twice as often.
         ("forward", 2): {64: C(128, 64, 8, 3), 128: C(128, 64, 8, 3), 256: C(128, 64, 8, 2)},
+        # 8.6; 3 blocks. Beside the row above 9, 8, 6 and 5% less time at T = 128, 256, 512, 1024 on the same H100, 2%
+        # more at 2048 and 3% at 8192 (tiles_128x64/trial.json there). Half the queries, and the same bits.
+        ("short forward", 2): {64: C(64, 64, 4, 3)},
         # 6.9, 9.7, 52.2; 2, 2, 1 blocks. 64 x 128 at D = 64 takes 6.6 but re-reads twice as much.
         ("dq", 2): {64: C(128, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
         # 8.7, 24.8, 76.8; 2, 1, 1 blocks. dk and dv fill the registers: larger tiles spill, and at D = 256 WGMMA's do.
@@ -97,12 +100,25 @@ def family(arch):
     return "sm_80" if arch < 90 else "sm_90"
 
 
-def attention_config(direction, dtype, head_dim, dropout=False):
-    """The tile shape for "forward", "dq" or "dkdv" on the chip that kernels are compiled for now."""
+SHORT_T = 1024  # queries up to which a row "short ..." serves
+
+
+def attention_row(chip, direction, itemsize, head_dim, T):
+    """The key of the row of ATTENTION that serves T queries: a short one's, if there is one."""
+    short = f"short {direction}", itemsize
+    is_short = T is not None and T <= SHORT_T and any(head_dim <= limit for limit in ATTENTION[chip].get(short, ()))
+    return short if is_short else (direction, itemsize)
+
+
+def attention_config(direction, dtype, head_dim, T=None, dropout=False):
+    """The tile shape for "forward", "dq" or "dkdv" on the chip that kernels are compiled for now.
+
+    T: the number of queries, the only size that counts, so that a row's bits do not depend on the batch.
+    """
     chip = family(active_arch())
     if dropout and dtype.itemsize == 2 and head_dim <= 64 and direction in ATTENTION_WITH_DROPOUT.get(chip, ()):
         return ATTENTION_WITH_DROPOUT[chip][direction]
-    rows = ATTENTION[chip][direction, dtype.itemsize]
+    rows = ATTENTION[chip][attention_row(chip, direction, dtype.itemsize, head_dim, T)]
     return next(config for limit, config in rows.items() if head_dim <= limit)
 
 

@@ -242,7 +242,7 @@ def _attention_dkdv_kernel(
 def _plan(direction, strides, T, bytes_per_head, shape, T_k, dtype, dropout, scale, causal, dropout_p, offsets=None):
     """strides: those of the six tensors [B, H, T, D] that come first; T: the length that is cut into tiles."""
     B, H, T_q, D = shape
-    config = attention_config(direction, dtype, D, dropout=dropout)
+    config = attention_config(direction, dtype, D, T_q, dropout)
     numbers = (
         *(stride for each in strides for stride in each[:3]),
         H,

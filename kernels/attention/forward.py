@@ -121,7 +121,7 @@ def _attention_forward_kernel(
 def _plan(shape, T_k, q_strides, k_strides, v_strides, dtype, dropout, scale, causal, dropout_p, offsets=None):
     """shape: q's [B, H, T_q, D]; o is [B, T_q, H, D] in memory."""
     B, H, T_q, D = shape
-    config = attention_config("forward", dtype, D, dropout=dropout)
+    config = attention_config("forward", dtype, D, T_q, dropout)
     numbers = (
         *q_strides[:3],
         *k_strides[:3],

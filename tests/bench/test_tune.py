@@ -158,6 +158,22 @@ def test_a_trial_runs_the_kernel_with_the_candidates_tiles(trial, monkeypatch):
 
 
 @pytest.mark.simulate
+@pytest.mark.parametrize(("T", "row"), [(32, "short forward"), (1056, "forward")])
+def test_a_trial_tunes_the_row_that_serves_its_length(T, row, monkeypatch):
+    for name, value in {"TOKENS": T, "WIDTH": 16, "ODD_T": 19}.items():
+        monkeypatch.setattr(tune, name, value)
+    before = dict(ATTENTION["sm_90"])
+    with simulate("sm_90"):
+        trial = tune.Trial(torch.device("cpu"), "bfloat16", 64, T)
+        assert trial.key("forward") == (row, 2)
+        assert trial.present("forward") == before[row, 2][64]
+        trial.use("forward", AttentionConfig(16, 16, 4, 1))
+        assert trial.present("forward") == AttentionConfig(16, 16, 4, 1)
+        trial.use("forward", before[row, 2][64])
+    assert ATTENTION["sm_90"] == before
+
+
+@pytest.mark.simulate
 def test_a_trial_says_why_a_candidate_is_left_out(trial, monkeypatch):
     present = trial.present("forward")
     _, status = trial.check("dkdv", AttentionConfig(128, 128, 4, 1))
@@ -277,6 +293,9 @@ def test_each_direction_is_tuned_with_what_was_chosen_before(monkeypatch):
     class Recording(FakeTrial):
         def __init__(self, device, dtype, head_dim, seq_len):
             self.head_dim, self.itemsize = head_dim, 2
+
+        def key(self, direction):
+            return direction, self.itemsize
 
         def use(self, direction, config):
             in_use[direction] = config

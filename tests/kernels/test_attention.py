@@ -1,5 +1,7 @@
 """flash_attention: right in every lane within the tolerance rule, copies nothing, depends on nothing it should not."""
 
+from unittest import mock
+
 import compiling
 import lanes
 import numerics
@@ -12,6 +14,9 @@ from torch.library import opcheck
 
 from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import backward, forward, ops
+from kernels.configs import ATTENTION, SHORT_T, family
+from kernels.launch import forget
+from kernels.simulator import simulate
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
@@ -79,6 +84,23 @@ def test_compiled_output_and_gradients_match_the_oracle(lane, dtype, shape):
 def test_long_chains_of_fp32_sums_match_the_oracle(lane, dtype, shape, causal):
     """As the first H100 had them: the interpreter's sums are numpy's, in parts, and shorter by their error."""
     check_against_oracle(*inputs(shape, dtype, lane.device), causal=causal)
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=lanes.short)
+@pytest.mark.parametrize(("shape", "causal"), [((1, 2, 200, 200, 64), True), ((2, 1, 150, 333, 40), False)], ids=str)
+def test_the_tiles_of_short_and_long_sequences_give_the_same_bits(dtype, shape, causal):
+    """So that the length of a batch does not show in its rows."""
+    q, k, v, _ = inputs(shape, dtype, "cpu")
+    short, long = ("short forward", 2), ("forward", 2)
+    found = []
+    with simulate("sm_90"):
+        for row in (short, long):
+            with mock.patch.dict(ATTENTION["sm_90"], {short: ATTENTION["sm_90"][row]}):
+                forget()
+                found.append(flash_attention(q, k, v, causal=causal, return_lse=True))
+    forget()
+    assert all(map(torch.equal, *found))
 
 
 @across_lanes(BF16, lanes=("sm_80", "sm_90"))
@@ -440,15 +462,26 @@ def test_the_interpreter_refuses_bf16():
 # The compile lane
 
 
+def lengths(arch):
+    """Numbers of queries that take all rows of the chip's table: one, or one on either side of SHORT_T."""
+    has_short_rows = any(direction.startswith("short") for direction, _ in ATTENTION[family_of(arch)])
+    return (64, SHORT_T + 64) if has_short_rows else (64,)
+
+
+def family_of(arch):
+    return family(arch if arch.startswith("gfx") else int(arch.removeprefix("sm_")))
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lanes.short)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
-    qkv = torch.empty(1, 64, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
     with compiling.compile_only(arch) as kernels:
-        o = flash_attention_packed(qkv, 2)
-        o.backward(torch.empty_like(o))
+        for T in lengths(arch):
+            qkv = torch.empty(1, T, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
+            o = flash_attention_packed(qkv, 2)
+            o.backward(torch.empty_like(o))
     assert {kernel.name for kernel in kernels} == {
         "_attention_forward_kernel",
         "_attention_dq_kernel",
@@ -466,12 +499,13 @@ def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no dropout", "dropout"])
 def test_padding_and_dropout_do_not_spill_at_gpt2s_head_dim(arch, causal, dropout_p):
-    qkv = torch.empty(2, 64, 3 * 2 * 64, dtype=BF16, requires_grad=True)
     rows = bounds("cpu", kv_start=[0, 0], kv_end=[64, 64])
     with compiling.compile_only(arch) as kernels:
-        o = flash_attention_packed(qkv, 2, causal=causal, dropout_p=dropout_p, **rows)
-        o.backward(torch.empty_like(o))
-    assert len(kernels) == 3
+        for T in lengths(arch):
+            qkv = torch.empty(2, T, 3 * 2 * 64, dtype=BF16, requires_grad=True)
+            o = flash_attention_packed(qkv, 2, causal=causal, dropout_p=dropout_p, **rows)
+            o.backward(torch.empty_like(o))
+    assert len({kernel.name for kernel in kernels}) == 3
     for kernel in kernels:
         known = arch == "sm_120" and dropout_p and kernel.name == "_attention_dkdv_kernel"
         assert kernel.spilled <= (16 if known else 0), kernel

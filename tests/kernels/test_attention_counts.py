@@ -18,7 +18,10 @@ SHAPE = (B, H, T, T, D)
 TENSOR = B * H * T * D * 2  # bytes of q, k, v, o in bf16
 ROW = B * H * T * 4  # bytes of lse or delta
 TRITON_3_6 = triton.__version__.startswith("3.6.")
-LARGE = AttentionConfig(128, 128, 8, 3)
+FORWARD_TILES = {
+    "forward 128 x 64": ATTENTION["sm_90"]["forward", 2][64],
+    "forward 128 x 128": AttentionConfig(128, 128, 8, 3),
+}
 KERNELS = {
     "forward": "_attention_forward_kernel",
     "dq": "_attention_dq_kernel",
@@ -29,19 +32,21 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def launches():
     """{direction: its launch on a simulated H100, and its tile shape there}: causal, bf16, T = 1024, D = 64. Forward in
-    tiles of 128 x 128, too.
+    the tiles of longer sequences and in the largest, too.
     """
     torch.manual_seed(0)
     q, k, v, do = inputs(SHAPE, torch.bfloat16, "cpu")
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with simulate("sm_90") as gpu:
         flash_attention(q, k, v).backward(do)
-        configs = {direction: attention_config(direction, q.dtype, D) for direction in KERNELS}
-        with mock.patch.dict(ATTENTION["sm_90"], {("forward", 2): {D: LARGE}}):
-            forget()
-            flash_attention(q, k, v)
+        configs = {direction: attention_config(direction, q.dtype, D, T) for direction in KERNELS}
+        for tile in FORWARD_TILES.values():
+            with mock.patch.dict(ATTENTION["sm_90"], {("short forward", 2): {D: tile}}):
+                forget()
+                flash_attention(q, k, v)
         forget()
-    return {"forward 128 x 128": (gpu.launches[-1], LARGE)} | {
+    others = zip(FORWARD_TILES, zip(gpu.launches[-len(FORWARD_TILES) :], FORWARD_TILES.values()))
+    return dict(others) | {
         direction: (next(launch for launch in gpu.launches if launch.kernel == name), configs[direction])
         for direction, name in KERNELS.items()
     }
@@ -54,7 +59,13 @@ def launches():
 @pytest.mark.simulate
 @pytest.mark.parametrize(
     ("direction", "limit"),
-    [("forward 128 x 128", 7.0), ("forward", 8.6), ("dq", 7.0), ("dkdv", 9.7 if TRITON_3_6 else 8.7)],
+    [
+        ("forward 128 x 128", 7.0),
+        ("forward 128 x 64", 8.6),
+        ("forward", 8.7),
+        ("dq", 7.0),
+        ("dkdv", 9.7 if TRITON_3_6 else 8.7),
+    ],
 )
 def test_the_unmasked_loop_is_short_and_holds_no_mask(launches, direction, limit):
     launch, config = launches[direction]
