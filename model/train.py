@@ -3,7 +3,7 @@
 python -m model.train --text builtin --size tiny --steps 500 --out out/tiny      # a laptop, ten minutes
 python -m model.train --data data --size gpt2 --dtype bfloat16 --out out/gpt2    # shards of tokenizer.prepare
 python -m model.train --data data --size gpt2 --out out/gpt2 --resume            # goes on, to the bit
-torchrun --nproc-per-node 8 -m model.train --data data --size gpt2 --out out/gpt2
+torchrun --nproc-per-node 8 -m model.train --data data --size gpt2 --out out/gpt2        # or gpt2-xl, --shard
 
 --out holds the newest weights (GPT2.from_pretrained), the tokenizer, log.jsonl with a loss for each step, loss.png, the
 best weights by validation loss in best/, and in training/ what --resume needs.
@@ -48,6 +48,7 @@ def parse(arguments):
     parser.add_argument("--attn", default="auto", help="attention backend (default: auto)")
     add_import_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shard", action="store_true", help="split the model among torchrun's processes (FSDP2)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--sample", metavar="PROMPT", help="continue this text at each evaluation")
     of_tiny = {"batch": 16, "seq_len": 128, "lr": 1e-3}
@@ -72,7 +73,7 @@ def main(arguments=None):
     processes = None
     try:
         settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-        processes = Processes(_device(options.device))
+        processes = Processes(_device(options.device), options.shard)
         tokenizer, data = _text(options, processes)
         sample = _sampler(options.sample, tokenizer)
         model = _model(options, tokenizer)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -18,10 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from kernels.checks import check_flag, check_number
 from model.checkpoints.atomic import write_file
 from model.config import brief
+from model.gpt2 import GPT2
 from model.training.data import Batches, Tokens
 from model.training.log import Log, bar
 from model.training.optimizer import adamw, flops_per_token, learning_rate, peak_flops
@@ -30,6 +39,7 @@ from model.training.state import load_state, random_state, save_state, saved_ste
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS = "training.json"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes, for the first
 
 
 @dataclass
@@ -109,18 +119,19 @@ class Training:
             device=self.device,
         )
         self.validation = self._validation(data)
+        self.parallel = self.processes.parallel(self.model)
         self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == "float16")
         self.step, self.best = 0, math.inf
         self._begin(resume)
-        parallel = self.processes.parallel(self.model)
-        self.run = torch.compile(parallel) if settings.compile else parallel
-        self.parallel = parallel
+        self.run = torch.compile(self.parallel) if settings.compile else self.parallel
 
     def _validation(self, data):
         try:
             tokens = Tokens(data, "val", self.settings.seq_len)
-        except (FileNotFoundError, ValueError):  # a small corpus may have none, or none of this length
+        except (FileNotFoundError, ValueError) as error:  # a small corpus may have none, or none of this length
+            if self.settings.eval_every and self.show:
+                print(f"training: there will be no validation: {error}", file=sys.stderr)
             return None
         B = min(self.settings.batch, tokens.cells)
         return Batches(tokens, B, seed=0, once=True, vocab_size=self.model.config.vocab_size, device=self.device)
@@ -158,8 +169,13 @@ class Training:
         return json.loads(json.dumps(kept))
 
     def _restore(self, state):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
         if len(state["random"]) != self.processes.size:
@@ -170,18 +186,29 @@ class Training:
     def save(self):
         """Saves the state, then the weights where GPT2.from_pretrained(directory) finds them."""
         random = self.processes.gather(random_state(self.device))
+        weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)  # by name: for any number of ranks
         if self.processes.is_first:
             state = {
                 "step": self.step,
                 "best": self.best,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": weights,
+                "optimizer": moments,
                 "scaler": self.scaler.state_dict(),
                 "random": random,
             }
             save_state(self.directory, self.step, state, self.settings.keep)
-            self.model.save_pretrained(self.directory)
+            self._plain(weights).save_pretrained(self.directory)
         self.processes.wait()
+
+    def _plain(self, weights):
+        """The model, or, where it is split among processes, one on the CPU that has all its weights."""
+        if not self.processes.shard:
+            return self.model
+        with torch.device("meta"):
+            model = GPT2(self.model.config)
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+        return model
 
     def train(self, sample=None):
         """Runs the steps that are left; returns the last training loss. sample(model): called at each evaluation.
@@ -234,6 +261,7 @@ class Training:
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss, norm = float(processes.mean(total)), float(norm)
         if not math.isfinite(loss):
             shards = ", ".join(sorted({path for number in numbers for path in self.batches.shards_of(number)}))
@@ -275,20 +303,25 @@ class Training:
         number = min(self.settings.eval_batches, self.validation.tokens.cells // self.validation.B)
         losses = [self._loss(self.validation.batch(i)) for i in range(number)]
         self.model.train()
-        return float(torch.stack(losses).double().mean())
+        return float(self.processes.mean(torch.stack(losses).double().mean()))
 
     def _evaluate(self, log, sample):
         loss = self.evaluate()
+        is_best = loss is not None and loss < self.best
         if loss is not None:
-            is_best, self.best = loss < self.best, min(loss, self.best)
+            self.best = min(loss, self.best)
             if log is not None:
                 log.add(step=self.step, val_loss=loss)
-                if is_best:
-                    self.model.save_pretrained(self.directory / "best")
-        if sample is not None and self.processes.is_first:
-            self.model.eval()
-            sample(self.model)
-            self.model.train()
+        if not is_best and sample is None:
+            return
+        weights = get_model_state_dict(self.model, options=WHOLE) if self.processes.shard else None
+        if self.processes.is_first:
+            model = self._plain(weights)
+            if is_best:
+                model.save_pretrained(self.directory / "best")
+            if sample is not None:
+                sample(model.eval())
+                model.train()
 
 
 def _told(row):

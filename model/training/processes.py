@@ -1,20 +1,27 @@
-"""One process, or the several that torchrun started: who writes, who reads what, what is added up."""
+"""One process, or the several that torchrun started: who writes, who reads what, what is added up, what is split."""
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
 class Processes:
     """What the training loop asks of its neighbours. Of a process alone, rank is 0 and size 1."""
 
-    def __init__(self, device):
-        """device: a torch.device; under torchrun a CUDA device becomes this process's own."""
+    def __init__(self, device, shard=False):
+        """device: a torch.device; under torchrun a CUDA device becomes this process's own.
+
+        shard: whether each holds a part of all weights, gradients and moments (FSDP2), or all of them (DDP). Raises
+        ValueError where there is nobody to share with.
+        """
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.device = device
+        self.device, self.shard = device, shard
+        if shard and self.size == 1:
+            raise ValueError("training: shard splits a model among processes; torchrun starts them, and there is one")
         if self.size > 1:
             if device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -29,10 +36,16 @@ class Processes:
         """The model, with its gradients averaged over all processes."""
         if self.size == 1:
             return model
+        if self.shard:
+            for block in model.transformer.h:
+                fully_shard(block)
+            return fully_shard(model)
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def without_averaging(self, model):
         """A context in which backward leaves gradients where they are, as all but the last micro-batch do."""
+        if isinstance(model, FSDPModule):
+            return _unreduced(model)
         return model.no_sync() if self.size > 1 else nullcontext()
 
     def mean(self, value):
@@ -64,3 +77,12 @@ class Processes:
     def close(self):
         if self.size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _unreduced(model):
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)

@@ -177,19 +177,30 @@ def test_a_killed_run_goes_on_with_the_same_bits(options, data, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_two_processes_are_one_that_accumulates(data, tmp_path):
+@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_are_one_that_accumulates(shard, data, tmp_path):
     """torchrun with gloo: the losses of one process that takes both micro-batches; which goes on from their state."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
-    two = program(data, tmp_path / "two", launcher=(*launcher, "--standalone"), steps=4, warmup=0)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    options = {"steps": 4, "warmup": 0, "accumulate": 2}
+    two = program(data, tmp_path / "two", launcher=launcher, shard=shard, **options)
     assert two.returncode == 0, two.stderr
-    alone = start(data, tmp_path / "one", accumulate=2, steps=4, warmup=0)
+    alone = start(data, tmp_path / "one", **{**options, "accumulate": 4})
     alone.train()
     assert rows(tmp_path / "two") == pytest.approx(rows(tmp_path / "one"), abs=2e-5)
+    assert rows(tmp_path / "two", "grad_norm") == pytest.approx(rows(tmp_path / "one", "grad_norm"), rel=1e-3)
     assert rows(tmp_path / "two", "val_loss") == pytest.approx(rows(tmp_path / "one", "val_loss"), abs=2e-5)
-    again = start(data, tmp_path / "two", steps=6, warmup=0, resume=True)
+    again = start(data, tmp_path / "two", **{**options, "steps": 6}, resume=True)
     assert again.step == 4
+    for name, tensor in GPT2.from_pretrained(tmp_path / "two").state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+        assert torch.allclose(tensor, alone.model.state_dict()[name], atol=2e-4)
     again.train()
     assert len(rows(tmp_path / "two")) == 6
+
+
+def test_nothing_is_split_among_one(data, tmp_path):
+    with pytest.raises(ValueError, match="shard splits a model among processes; torchrun starts them"):
+        start(data, tmp_path, shard=True)
 
 
 def test_the_directory_of_a_run(data, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from model import GPT2, GPT2Config
 from model.training.loop import Settings, Training
+from model.training.processes import Processes
 
 CONFIG = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 97}
 CONFIG |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -24,9 +25,10 @@ def build(dropout=0.0, seed=0, **config):
     return GPT2(GPT2Config(**{**CONFIG, **rates, **config}))
 
 
-def start(data, out, resume=False, dropout=0.0, model=None, **settings):
-    settings = Settings(**{**SETTINGS, **settings})
-    return Training(model or build(dropout), data, out, settings, resume=resume, show=False)
+def start(data, out, resume=False, dropout=0.0, model=None, shard=False, **settings):
+    settings, model = Settings(**{**SETTINGS, **settings}), model or build(dropout)
+    processes = Processes(model.device, shard)
+    return Training(model, data, out, settings, processes=processes, resume=resume, show=False)
 
 
 if __name__ == "__main__":
