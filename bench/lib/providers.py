@@ -16,8 +16,10 @@ from model.attention import get_attention
 from model.cache import KVCache
 from model.generation.settings import Settings
 from model.layers.onednn import using
+from model.training.optimizer import adamw
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
+PYTORCHS = ("eager", "sdpa", "flex")  # backends of PyTorch's own operations
 GATE_TOKENS = 64
 NEW_TOKENS = 32  # that generate says
 
@@ -36,6 +38,8 @@ class Provider:
         if model is not self.ours:
             return model, ()
         model.set_attn_implementation(self.name)
+        # Beside our attention our other kernels; beside PyTorch's, PyTorch's, so that a backend stands for all of it.
+        model.set_kernel_implementation("torch" if self.name in PYTORCHS else "auto")
         return model, () if training else model.pack_weights()
 
     def held_mb(self):
@@ -55,6 +59,22 @@ class Provider:
         def step():
             model.zero_grad(set_to_none=True)
             model(ids, labels=ids, use_cache=False).loss.backward()
+
+        return step
+
+    def optimizer_step(self, B, T, autocast):
+        """A whole step of training in fp32 weights: loss, gradients, their norm clipped, AdamW. autocast: a dtype."""
+        (model, _), ids = self.use(training=True), random_ids(self.ours, B, T)
+        optimizer = adamw(model, lr=1e-4)
+        options = {"return_logits": False} if model is self.ours else {}
+
+        def step():
+            with torch.autocast(ids.device.type, autocast, enabled=autocast != torch.float32):
+                loss = model(ids, labels=ids, use_cache=False, **options).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         return step
 

@@ -62,6 +62,7 @@ SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
 PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "bench.lib.test_results", "--color=no", "--tb=short", "-rfE")
 REHEARSED_TESTS = [*PYTEST, "tests/bench/test_gate.py"]
 MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", "float16")
+STEP = ("--providers", "triton", "sdpa", "transformers-sdpa", "--dtype", "bfloat16", "--batch", "4", "16")
 STAGES = (
     Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 60),
     Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 20),
@@ -71,6 +72,7 @@ STAGES = (
     Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 60),
     Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
     Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 45),
+    Stage("optimizer", "a whole step in mixed precision: tokens/s, MFU", "bench.training_sweep", STEP, 40),
     Stage(
         "pointwise",
         "LayerNorm, GELU, cross-entropy",

@@ -127,7 +127,7 @@ def install():
 
 def _shrink():
     """Sizes at which an interpreted kernel takes a moment."""
-    from bench import ceilings, model_sweep, pointwise_sweep, transformers_sweep, tune
+    from bench import ceilings, model_sweep, pointwise_sweep, training_sweep, transformers_sweep, tune
     from bench.lib import attention_cases, cli, clock, providers
     from model.config import PRESETS
 
@@ -152,6 +152,7 @@ def _shrink():
     PRESETS |= dict.fromkeys(PRESETS, tiny)
     tune.TOKENS, tune.ODD_T, tune.WIDTH = 17, 5, 64
     tune.TILES, tune.WARPS, tune.STAGES = {2: (32, 64)}, (4,), (2,)
+    training_sweep.QUICK["cuda"] = ((1,), (16,))
     model_sweep.QUICK["cuda"] = {"training": ((1,), (16,)), "decoding": ((1,), (16,)), "inference": ((1, 2), (16,))}
     transformers_sweep.QUICK = tuple(case for case in transformers_sweep.QUICK if case[0][1] == 1)
     transformers_sweep.IMPORTS = {"ours": "import json", transformers_sweep.BASELINE: "import json"}
