@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import sysconfig
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 SHARD_TOKENS = 50_000_000
 BATCH = 1 << 20  # characters that a process is given at once
 STATE = "prepare.json"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def main(arguments=None):
@@ -151,26 +153,38 @@ def _standard_library():
 
 
 def documents(paths):
-    """The documents of files, in order."""
+    """The documents of files, in order. Raises ValueError, with the file and the place, for what is not UTF-8 text."""
     for path in paths:
         if path == "-":
-            yield sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
+            yield _decoded(sys.stdin.buffer.read(), "standard input")
         elif path.suffix == ".jsonl":
-            with open(path, encoding="utf-8-sig") as lines:
+            with open(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _text_of(line, path, number)
+                        yield _text_of(_decoded(line, f"{path}, line {number}"), path, number)
         else:
-            yield path.read_bytes().decode("utf-8-sig", errors="replace")
+            yield _decoded(path.read_bytes(), path)
+
+
+def _decoded(content, where):
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prepare: {where} is not UTF-8 (byte {error.start}: {error.reason})") from None
 
 
 def _text_of(line, path, number):
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"prepare: {path}, line {number}: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError(f'prepare: {path}, line {number} must be an object with a string "text"')
+    lone = _SURROGATE.search(value["text"])
+    if lone:
+        raise ValueError(
+            f"prepare: {path}, line {number}: character {lone.start()} of its text is half a surrogate pair"
+        )
     return value["text"]
 
 
@@ -178,7 +192,7 @@ def _batches(numbered):
     """Lists of (number, text) of about BATCH characters."""
     batch, size = [], 0
     for number, text in numbered:
-        batch.append((number, text.encode("utf-8", "replace").decode()))  # a lone surrogate is no text
+        batch.append((number, text))
         size += len(text)
         if size >= BATCH:
             yield batch
@@ -266,7 +280,12 @@ def _state(out, asked):
         if list(out.glob("*.bin")):
             raise ValueError(f"prepare: {out} has shards of which {STATE} says nothing; choose another directory")
         return {}
-    record = json.loads((out / STATE).read_text(encoding="utf-8"))
+    try:
+        record = json.loads((out / STATE).read_text(encoding="utf-8"))
+        if not {"asked", "documents", "shards", "tokens", "finished"} <= record.keys():
+            raise ValueError("it lacks what a record has")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"prepare: {out / STATE} is damaged ({error}); choose another directory") from None
     differing = [name for name in asked if record["asked"].get(name) != asked[name]]
     if differing or "-" in asked["sources"]:
         what = ", ".join(differing) or "standard input, which cannot be read again"

@@ -37,9 +37,12 @@ def read_log(path):
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path} is no log of training: {line[:60]!r} names no step")
+        rows.append(row)
     return rows
 
 

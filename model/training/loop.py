@@ -145,7 +145,7 @@ class Training:
         if resume:
             if not path.exists():
                 raise ValueError(f"training: {self.directory} has no run to resume: {SETTINGS} is not there")
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = _read_record(path)
             for name, now in self._kept().items():
                 if (was := before.get(name)) != now:
                     raise ValueError(f"training: {name} was {was} and is {now} now; a resumed run keeps it")
@@ -322,6 +322,16 @@ class Training:
             if sample is not None:
                 sample(model.eval())
                 model.train()
+
+
+def _read_record(path):
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"training: {path} is damaged: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"training: {path} is damaged: it holds {type(record).__name__}, no object")
+    return record
 
 
 def _told(row):

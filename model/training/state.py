@@ -36,7 +36,11 @@ def save_state(directory, step, state, keep):
 def load_state(path):
     """A saved state, on the CPU. Raises ValueError, with the path, where the file is damaged; runs no code from it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"step", "best", "model", "optimizer", "scaler", "random"} - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {min(missing)}")
+        return state
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}"

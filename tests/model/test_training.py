@@ -301,6 +301,16 @@ def test_a_run_is_neither_overwritten_nor_changed_nor_invented(data, tmp_path):
     with pytest.raises(ValueError, match="seq_len is 64; the model has n_positions 32"):
         start(data, tmp_path / "new", seq_len=64)
     state = tmp_path / "training" / "step-00000002.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step-00000002\.pt cannot be read"):
+    content = state.read_bytes()
+    for damage in (content[:1000], b""):
+        state.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"step-00000002\.pt cannot be read"):
+            start(data, tmp_path, resume=True)
+    torch.save({"step": 2}, state)
+    with pytest.raises(ValueError, match=r"step-00000002\.pt cannot be read: ValueError: it lacks best"):
         start(data, tmp_path, resume=True)
+    state.write_bytes(content)
+    for record in ("{", "[]", "[" * 100_000):
+        (tmp_path / "training.json").write_text(record)
+        with pytest.raises(ValueError, match=r"training\.json is damaged"):
+            start(data, tmp_path, resume=True)

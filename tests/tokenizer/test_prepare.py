@@ -72,10 +72,16 @@ def test_lines_of_json_are_documents(tmp_path, tokenizer):
     lines.write_text("".join(json.dumps({"text": text, "id": 3}) + "\n" for text in TEXTS) + "\n", encoding="utf-8")
     prepare.prepare([lines], tmp_path / "out", tokenizer, validate=0, progress=False)
     assert documents_in(tmp_path / "out", "train") == [[*tokenizer.encode_ordinary(text), END] for text in TEXTS]
-    for line, words in (('{"text": 3}', "line 2 must be an object"), ("{", "line 2"), ("[]", "line 2 must be")):
+    for line, words in (
+        ('{"text": 3}', "line 2 must be an object"),
+        ("{", "line 2"),
+        ("[]", "line 2 must be"),
+        ("[" * 100_000, "line 2"),
+        ('{"text": "x\\ud800"}', "line 2: character 1 of its text is half a surrogate pair"),
+    ):
         lines.write_text('{"text": "fine"}\n' + line + "\n")
         with pytest.raises(ValueError, match=words):
-            prepare.prepare([lines], tmp_path / line.replace("/", ""), tokenizer, progress=False)
+            prepare.prepare([lines], tmp_path / "bad", tokenizer, progress=False)
 
 
 def test_a_stopped_run_goes_on(corpus, tmp_path, tokenizer, monkeypatch):
@@ -153,6 +159,23 @@ def test_directories_and_texts_without_content_are_refused(tmp_path, tokenizer, 
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="the sources hold no text"):
         prepare.prepare([tmp_path / "none.jsonl"], tmp_path / "out", tokenizer, progress=False)
+
+
+def test_bytes_that_are_not_utf8_are_refused_with_their_place(tmp_path, tokenizer):
+    """They were once replaced without a word, and the model learned the replacements."""
+    for name, content in (("a.txt", b"caf\xe9"), ("b.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n')):
+        (tmp_path / name).write_bytes(content)
+        where = f"{name}, line 2" if name == "b.jsonl" else name
+        with pytest.raises(ValueError, match=f"{where} is not UTF-8"):
+            prepare.prepare([tmp_path / name], tmp_path / "out", tokenizer, progress=False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000], ids=["empty", "half", "list", "bare", "deep"])
+def test_a_damaged_record_is_named(content, corpus, tmp_path, tokenizer):
+    prepare.prepare([corpus], tmp_path / "out", tokenizer, progress=False)
+    (tmp_path / "out" / "prepare.json").write_text(content)
+    with pytest.raises(ValueError, match=r"prepare\.json is damaged"):
+        prepare.prepare([corpus], tmp_path / "out", tokenizer, progress=False)
 
 
 @pytest.mark.parametrize(
