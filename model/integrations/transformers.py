@@ -101,7 +101,7 @@ def bounds(
         return None
     device = attention_mask.device if attention_mask is not None else others.get("device")
     rows = torch.empty(batch_size, 3, dtype=torch.int32, device=device)
-    rows[:, 0], rows[:, 1] = q_offset - kv_offset, 0
+    rows[:, 0], rows[:, 1] = kv_length if is_full else q_offset - kv_offset, 0  # after all keys, a query sees them all
     rows[:, 2] = kv_length if attention_mask is None else mask.shape[1]
     if start is not None:
         rows[:, 1], rows[:, 2] = start, end
@@ -126,9 +126,9 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
                 f"{NAME}: the model brought a mask {tuple(attention_mask.shape)} of {attention_mask.dtype} of its own; "
                 "only those that register() makes are intervals. attn_implementation='sdpa' takes any mask"
             )
-        q_start, options["kv_start"], options["kv_end"] = attention_mask[:, 0, 0].unbind(1)
-        if options["causal"]:
-            options["q_start"] = q_start
+        # The bounds know what is causal; is_causal is then False in some versions, where a mask says all.
+        options["causal"] = True
+        options["q_start"], options["kv_start"], options["kv_end"] = attention_mask[:, 0, 0].unbind(1)
     groups = query.shape[1] // key.shape[1]
     if groups == 1:
         o = flash_attention(query, key, value, **options)  # [B, H, T, D]

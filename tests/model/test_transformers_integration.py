@@ -158,6 +158,11 @@ def test_other_models_are_not_patched():
         ours.patch_gpt2(llama(Lane, attn="eager"))
 
 
+def bidirectional_mask_function(batch, head, query, key):
+    """transformers has one of this name where encoders' masks go through its interface."""
+    return True
+
+
 class TestBounds:
     def test_nothing_is_made_where_nothing_is_padded(self):
         for mask in (None, torch.ones(2, 5, dtype=torch.bool)):
@@ -169,6 +174,12 @@ class TestBounds:
         assert ours.bounds(2, 2, 5, q_offset=3, attention_mask=mask)[:, 0, 0].tolist() == [[3, 1, 4], [3, 0, 5]]
         assert ours.bounds(2, 1, 8, q_offset=4, attention_mask=mask)[:, 0, 0].tolist() == [[4, 1, 4], [4, 0, 5]]
         assert ours.bounds(2, 3, 8, q_offset=0, device="cpu")[:, 0, 0].tolist() == [[0, 0, 8]] * 2
+
+    def test_full_attention_stands_after_all_keys(self):
+        mask = torch.tensor([[0, 1, 1, 1, 0]])
+        full = bidirectional_mask_function
+        assert ours.bounds(1, 5, 5, mask_function=full) is None
+        assert ours.bounds(1, 5, 5, mask_function=full, attention_mask=mask)[:, 0, 0].tolist() == [[5, 1, 4]]
 
     def test_transformers_4_gives_positions(self):
         mask = torch.tensor([[0, 1, 1]])
@@ -197,6 +208,21 @@ def test_what_the_kernels_do_not_do_is_named(options, words):
     q = torch.zeros(2, 3, 4, 16)
     with pytest.raises(ValueError, match=f"triton_flash: .*{words}"):
         ours.attention(torch.nn.Module(), q, q, q, **{"attention_mask": None, **options})
+
+
+@across_lanes(F32, lanes=("interpret", "sm_90", "gpu"))
+def test_bounds_decide_what_is_causal(lane, dtype):
+    """transformers 4's GPT-2 says is_causal=False wherever it was given a mask; bounds of full attention say so."""
+    q, k, v = (torch.randn(2, 2, 6, 16, device=lane.device) for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]], device=lane.device)
+    full = bidirectional_mask_function
+    for options, visible in (({}, torch.ones(6, 6).tril()), ({"mask_function": full}, torch.ones(6, 6))):
+        bounds = ours.bounds(2, 6, 6, attention_mask=mask, device=lane.device, **options)
+        o, _ = ours.attention(torch.nn.Module(), q, k, v, bounds, is_causal=False)
+        seen = (visible.to(lane.device).bool() & mask[:, None, None].bool()).double()
+        p = (q.double() @ k.double().mT / 4).exp() * seen
+        expected = (p / p.sum(-1, keepdim=True).clamp(min=1e-30)) @ v.double()
+        assert torch.allclose(o.transpose(1, 2).double(), expected, atol=1e-5)
 
 
 def test_sliding_windows_of_a_model_are_refused():
