@@ -16,6 +16,4 @@ from .batch import BatchEncoding
 from .gpt2 import GPT2Tokenizer
 from .stream import StreamDecoder
 
-GPT2TokenizerFast = AutoTokenizer = GPT2Tokenizer  # transformers' other names: here there is one tokenizer
-
-__all__ = ["AutoTokenizer", "BatchEncoding", "GPT2Tokenizer", "GPT2TokenizerFast", "StreamDecoder"]
+__all__ = ["BatchEncoding", "GPT2Tokenizer", "StreamDecoder"]
