@@ -122,3 +122,11 @@ class GenerateOutput(ModelOutput):
     hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
     past_key_values: KVCache | None = None
     forward_passes: int | None = None
+
+
+# What transformers calls the same.
+BaseModelOutputWithPastAndCrossAttentions = BaseModelOutput
+CausalLMOutputWithCrossAttentions = CausalLMOutput
+GPT2DoubleHeadsModelOutput = DoubleHeadsOutput
+QuestionAnsweringModelOutput = QuestionAnsweringOutput
+SequenceClassifierOutputWithPast = SequenceClassifierOutput

@@ -28,6 +28,8 @@ GPT2_SETTINGS = {"model_max_length": 1024}
 SETTINGS = ("errors", "model_max_length", "padding_side", "truncation_side", "add_prefix_space")
 NO_LIMIT = 10**18  # Hugging Face writes a larger number for "no model_max_length"
 CONFIG, ROLE_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+MODEL = "config.json"  # the model's, which only AutoTokenizer asks
+GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 FUNCTION = "GPT2Tokenizer.from_pretrained"
 # Of Hugging Face's own objects, or of how a tokenizer was found; of no use to who loads it next.
@@ -72,6 +74,29 @@ def load(name_or_path, hub):
         raise ValueError(f"{FUNCTION}: {where} sets {', '.join(refused)}, which this tokenizer does not do")
     others = {key: config[key] for key in config if key not in {*SETTINGS, *ROLES, *EXTRA, *_NOT_KEPT}}
     return vocabulary, settings | roles | {"additional_special_tokens": extra}, others
+
+
+def check_is_gpt2(name_or_path, hub):
+    """Raises ValueError where a directory's or a repository's files say that they are of another model than GPT-2."""
+    name, directory = str(name_or_path), Path(name_or_path)
+    if not directory.is_dir():
+        if name in GPT2_NAMES or name.startswith(ORGANISATIONS):
+            return
+        files = _Repository(name, hub)
+    else:
+        files = _Directory(directory, (CONFIG, MODEL))
+    said = files.object(CONFIG).get("tokenizer_class")
+    if said is not None and said not in GPT2_CLASSES:
+        raise ValueError(
+            f"AutoTokenizer.from_pretrained: {files.label(CONFIG)} has tokenizer_class {said!r}; it must be GPT-2's "
+            f"({' or '.join(GPT2_CLASSES[:2])}); GPT2Tokenizer.from_pretrained reads the files all the same"
+        )
+    model = files.object(MODEL).get("model_type", "gpt2") if said is None else "gpt2"
+    if model != "gpt2":
+        raise ValueError(
+            f"AutoTokenizer.from_pretrained: {files.label(MODEL)} has model_type {model!r}; it must be 'gpt2'; "
+            "GPT2Tokenizer.from_pretrained reads the files all the same"
+        )
 
 
 def _roles_of(settings):
@@ -310,10 +335,10 @@ class _Files:
 
 
 class _Directory(_Files):
-    def __init__(self, path):
+    def __init__(self, path, names=None):
         self.name, self._path = str(path), path
-        self._found = saving.read(path, (CONFIG, ROLE_MAP, ADDED, WHOLE))
-        if WHOLE not in self._found:
+        self._found = saving.read(path, names or (CONFIG, ROLE_MAP, ADDED, WHOLE))
+        if names is None and WHOLE not in self._found:
             self._found = saving.read(path, (CONFIG, ROLE_MAP, ADDED, WHOLE, VOCAB, MERGES))
 
     def holds(self, name):
@@ -338,7 +363,8 @@ class _Repository(_Files):
             try:
                 path = _on_hub(self.name, self._hub, name)
             except FileNotFoundError:
-                if name not in (ROLE_MAP, ADDED):  # few have these, and the cache does not always know who has not
+                # Few have these, and the cache does not always know who has not.
+                if name not in (ROLE_MAP, ADDED, MODEL):
                     raise
                 path = None
             self._found[name] = None if path is None else Path(path).read_bytes()

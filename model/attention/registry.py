@@ -203,7 +203,10 @@ def check_attention_name(name, argument="attn_implementation"):
     if not isinstance(name, str):
         raise TypeError(f"{argument} is {brief(name)}; it must be a string: auto, {', '.join(_BACKENDS)}")
     if name in _NOT_INSTALLED:
-        raise ValueError(f"{argument}={name!r} needs the package {_NOT_INSTALLED[name]}, which is not installed")
+        raise ValueError(
+            f"{argument}={name!r} needs the package {_NOT_INSTALLED[name]}, which is not installed; choose one of: "
+            f"auto, {', '.join(_BACKENDS)}"
+        )
     if name != "auto" and name not in _BACKENDS:
         raise ValueError(f"{argument}={name!r} is unknown; choose one of: auto, {', '.join(_BACKENDS)}")
     return name
