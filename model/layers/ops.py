@@ -15,10 +15,10 @@ from kernels.checks import FLOATS
 from model.attention import triton_runs_on
 
 KERNEL_IMPLEMENTATIONS = ("auto", "triton", "torch")
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function, written in three ways
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function, written in three ways
 
 ACTIVATIONS = {
-    **dict.fromkeys(_TANH_GELU, lambda x: F.gelu(x, approximate="tanh")),
+    **dict.fromkeys(TANH_GELU, lambda x: F.gelu(x, approximate="tanh")),
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -73,7 +73,7 @@ def add(x, residual, dropout_p):
 
 def linear_activation(x, linear, name, kernels):
     """activation(linear(x)); with triton the tanh GELU takes the bias with it, and other activations are PyTorch's."""
-    if name in _TANH_GELU and _use_triton(kernels, x):
+    if name in TANH_GELU and _use_triton(kernels, x):
         rows = torch.mm(x.flatten(0, -2), linear.weight)
         return bias_gelu(rows, linear.bias).view(*x.shape[:-1], -1)
     return activation(name)(linear(x))
