@@ -100,17 +100,19 @@ def attention_bounds(
     if not causal and local_size is not None and allow_is_causal_skip and isinstance(q_offset, int):
         causal = q_offset + q_length <= local_size  # a window that nothing lies outside
     if not causal and mask_function is not getattr(masking_utils, "bidirectional_mask_function", None):
-        return _other_mask(
-            other_masks,
-            "the model's mask is neither causal nor full (packed texts, a sliding window or a function of its own)",
-            lambda: masking_utils.sdpa_mask(
-                **_positions(batch_size, q_length, kv_length, q_offset, kv_offset, cache_position, device),
-                mask_function=mask_function,
-                attention_mask=attention_mask,
-                allow_is_causal_skip=False,
-                **{key: options[key] for key in ("use_vmap",) if key in options},
-            ),
+        # transformers 4 says of any text without a mask that it may be packed: what the function gives decides.
+        visible = masking_utils.sdpa_mask(
+            **_positions(batch_size, q_length, kv_length, q_offset, kv_offset, cache_position, device),
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            **{key: options[key] for key in ("use_vmap",) if key in options},
         )
+        found = _found_bounds(visible, q_length, kv_length)[1]
+        if found is not None:
+            return found
+        reason = "packed texts, a sliding window or a function of the model's own hide keys between others"
+        return _other_mask(other_masks, reason, lambda: visible)
     start = end = None
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, max(kv_length + kv_offset - attention_mask.shape[-1], 0)))
