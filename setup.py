@@ -57,6 +57,7 @@ setup(
             "tokenizers>=0.20",
             "liger-kernel>=0.6",
         ],
+        "h5": ["h5py>=3.10"],  # python -m model.convert reads tf_model.h5 by it
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
     },
 )
