@@ -6,6 +6,7 @@ needs of them is made once for all layers of a forward pass, and a decode step c
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -57,6 +58,8 @@ class KVCache:
     """Keys and values of every layer, [n_layer, 2, B, H, capacity, D], read in place by attention.
 
     lengths: tokens held by each row. starts: the first token of each row that may be seen (left padding), or None.
+    cross: {layer: (keys, values)} [B, H, S, D] of an encoder's states, from the first forward pass that is given them.
+    encoder: which of them each row may see (model/layers/cross_attention.py), or None.
     one_query_at_a_time: on a CPU, computes attention for each new token separately, so that several at once are
     bit-identical to one after the other.
     """
@@ -79,6 +82,7 @@ class KVCache:
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
         self.starts = None
+        self.cross, self.encoder = {}, None
         self.one_query_at_a_time = False
         self._forget_device()
 
@@ -170,12 +174,21 @@ class KVCache:
         rows = index.tolist()
         self.lengths = [self.lengths[row] for row in rows]
         self.starts = None if self.starts is None else [self.starts[row] for row in rows]
+        self._select_encoder(index)
         self._forget_device()
+
+    def _select_encoder(self, index):
+        """What is held of an encoder, for these rows; the tensors are new, for a copy may hold the old ones."""
+        self.cross = {layer: tuple(x[index] for x in pair) for layer, pair in self.cross.items()}
+        if self.encoder is not None and self.encoder.kv_start is not None:
+            bounds = {"kv_start": self.encoder.kv_start[index], "kv_end": self.encoder.kv_end[index]}
+            self.encoder = replace(self.encoder, **bounds)
 
     def reset(self):
         """Empties the cache and keeps its memory."""
         self.lengths = [0] * self.batch_size
         self.starts = None
+        self.cross, self.encoder = {}, None
 
     @classmethod
     def from_layers(cls, config, layers):
@@ -213,6 +226,7 @@ class KVCache:
         view = object.__new__(KVCache)
         view.__dict__.update(self.__dict__, data=self.data[:, :, b : b + 1], lengths=[self.lengths[b]])
         view.starts = None if self.starts is None else [self.starts[b]]
+        view._select_encoder(slice(b, b + 1))
         view._forget_device()
         return view
 

@@ -255,10 +255,8 @@ class GPT2Config:
             if not (value is None or isinstance(value, str)) or value not in allowed:
                 named = ", ".join(map(str, allowed))
                 raise ValueError(f"GPT2Config: {name} is {brief(value)}; choose one of {named}")
-        if self.add_cross_attention or self.is_encoder_decoder:
-            raise ValueError(
-                "GPT2Config: add_cross_attention and is_encoder_decoder are not supported; this is the decoder alone"
-            )
+        if self.is_encoder_decoder:
+            raise ValueError("GPT2Config: is_encoder_decoder is not supported; this is the decoder alone")
 
     def _require(self, name, fulfilled, what):
         if not fulfilled:

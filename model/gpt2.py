@@ -4,6 +4,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Para
 Face's, so state dicts transfer both ways. B rows, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,6 +27,7 @@ from model.inputs import (
     new_tokens,
     padding_bounds,
 )
+from model.layers.cross_attention import CrossAttention, encoder_of
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
 from model.layers.norm import LayerNorm, add_norm
@@ -122,29 +124,39 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer_idx)
         self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        if config.add_cross_attention:
+            self.crossattention = CrossAttention(config, layer_idx)
+            self.ln_cross_attn = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def forward(self, x, *, attentions, **context):
         """x [B, T, C] to x [B, T, C]; the attention weights, or None, are appended to the list `attentions`.
 
-        context: backend, its name; padding, a Padding; cache, a KVCache or None; output_attentions.
+        context: backend, its name; padding, a Padding; cache, a KVCache or None; output_attentions; encoder, an Encoder
+        or None. With an encoder the pair of self-attention's and cross-attention's weights is appended.
         """
         x, _, weights = self.fused(x, self.ln_1(x), None, **context)
         attentions.append(weights)
         return x
 
-    def fused(self, x, y, next_norm, **context):
+    def fused(self, x, y, next_norm, *, encoder=None, **context):
         """As forward, given y = ln_1(x): (x, next_norm(x), weights). One kernel adds and computes the norm behind it.
 
         What something observes, or what stands in a module's place, is called as a module.
         """
         attn, mlp = self.attn, self.mlp
+        norm = self.ln_2 if encoder is None else self.ln_cross_attn
         if is_plain(attn, Attention) and is_plain(dropout := attn.resid_dropout, nn.Dropout):
             update, weights = attn.before_dropout(y, **context)
-            y, x = add_norm(update, x, self.ln_2, active_p(dropout))
+            y, x = add_norm(update, x, norm, active_p(dropout))
         else:
             update, weights = attn(y, **context)
+            y, x = add_norm(update, x, norm, 0.0)
+        if encoder is not None:
+            del context["padding"]
+            update, cross_weights = self.crossattention(y, encoder=encoder, **context)
             y, x = add_norm(update, x, self.ln_2, 0.0)
+            weights = weights, cross_weights
         if is_plain(mlp, MLP) and is_plain(dropout := mlp.dropout, nn.Dropout):
             y, x = add_norm(mlp.before_dropout(y), x, next_norm, active_p(dropout))
         else:
@@ -189,6 +201,8 @@ class GPT2Model(PretrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         return_dict=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
     ):
         """input_ids [B, T] or inputs_embeds [B, T, C] to a BaseModelOutput.
 
@@ -199,6 +213,8 @@ class GPT2Model(PretrainedModel):
         past_key_values: a KVCache, extended in place; use_cache: whether to return one, by default if one was given, or
         if config.use_cache and autograd is off, but for torch.compile and torch.export. With a cache no graph is
         recorded.
+        encoder_hidden_states [B, S, C], for config.add_cross_attention, and encoder_attention_mask [B, S], one run of
+        ones in each row: what tokens attend to across. A cache remembers them; later calls may leave them out.
         A token or position id outside its table raises ValueError on a CPU; on a GPU the embedding kernel asserts.
         """
         check_inputs(
@@ -213,6 +229,8 @@ class GPT2Model(PretrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=return_dict,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
         )
         config = self.config
         cache = as_cache(past_key_values, config)
@@ -231,6 +249,7 @@ class GPT2Model(PretrainedModel):
         else:
             padding = Padding(counts=new_tokens(attention_mask, B, T, cache))
             cache.reserve(T)
+        encoder = encoder_of(config, encoder_hidden_states, encoder_attention_mask, B, cache)
 
         hidden_states, attentions = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -240,6 +259,7 @@ class GPT2Model(PretrainedModel):
                 "padding": padding,
                 "cache": cache,
                 "output_attentions": output_attentions,
+                "encoder": encoder,
             }
             blocks, y = list(self.h), None  # y: the next norm of x, where the block before has computed it
             for block, after in zip(blocks, [*blocks[1:], None]):
@@ -259,12 +279,16 @@ class GPT2Model(PretrainedModel):
             hidden_states.append(y)
         if cache is not None:
             cache.advance(padding.counts)
+            if encoder is not None:
+                cache.encoder = replace(encoder, states=None)
+        attentions, cross_attentions = (attentions, None) if encoder is None else zip(*attentions)
 
         output = BaseModelOutput(
             last_hidden_state=y,
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=cross_attentions if output_attentions else None,
         )
         return output if _default(return_dict, config.return_dict) else output.to_tuple()
 
@@ -355,6 +379,8 @@ class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
         return_dict=None,
         logits_to_keep=0,
         return_logits=True,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
     ):
         """As GPT2Model, to a CausalLMOutput with logits [B, T, V] and, if labels [B, T] are given, the loss.
 
@@ -376,6 +402,8 @@ class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
         )
         x = hidden.last_hidden_state  # [B, T, C]
         if labels is not None:
@@ -404,6 +432,7 @@ class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
             past_key_values=hidden.past_key_values,
             hidden_states=hidden.hidden_states,
             attentions=hidden.attentions,
+            cross_attentions=hidden.cross_attentions,
         )
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
 

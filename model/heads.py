@@ -32,7 +32,7 @@ class _Headed:
             return head(*inputs)
 
     def _output(self, output_class, hidden, return_dict, **values):
-        for name in ("past_key_values", "hidden_states", "attentions"):
+        for name in ("past_key_values", "hidden_states", "attentions", "cross_attentions"):
             if name in output_class.__dataclass_fields__:
                 values[name] = getattr(hidden, name)
         output = output_class(**values)

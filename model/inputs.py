@@ -17,6 +17,8 @@ _DTYPES = {
     "token_type_ids": _IDS,
     "mc_token_ids": _IDS,
     "inputs_embeds": _FLOATS,
+    "encoder_hidden_states": _FLOATS,
+    "encoder_attention_mask": _NUMBERS + _FLOATS,
     "attention_mask": _NUMBERS + _FLOATS,
     "labels": (torch.int64,),
     "mc_labels": _IDS,

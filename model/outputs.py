@@ -47,12 +47,16 @@ class ModelOutput(Mapping):
 
 @dataclass(eq=False)
 class BaseModelOutput(ModelOutput):
-    """last_hidden_state [B, T, C]; hidden_states: n_layer + 1 of [B, T, C]; attentions: n_layer of [B, H, T, T_k]."""
+    """last_hidden_state [B, T, C]; hidden_states: n_layer + 1 of [B, T, C]; attentions: n_layer of [B, H, T, T_k].
+
+    cross_attentions: n_layer of [B, H, T, S], over an encoder's S states.
+    """
 
     last_hidden_state: torch.Tensor | None = None
     past_key_values: KVCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -64,6 +68,7 @@ class CausalLMOutput(ModelOutput):
     past_key_values: KVCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class SequenceClassifierOutput(CausalLMOutput):

@@ -23,7 +23,7 @@ from model.layers.ops import check_kernels_name
 logger = logging.getLogger(__name__)
 
 # The causal mask that old checkpoints stored in each layer.
-_MASK_BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$")
+_MASK_BUFFER = re.compile(r"(^|\.)h\.\d+\.(cross)?att(entio)?n\.(bias|masked_bias)$")
 _LAYER = re.compile(r"(?:.*\.)?h\.(\d{1,9})\.")
 _HEADS = ("lm_head.", "multiple_choice_head.", "score.", "classifier.", "qa_outputs.")
 

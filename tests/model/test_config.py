@@ -161,7 +161,7 @@ def test_presets_have_the_published_number_of_parameters(size, parameters):
         ({"dtype": "half-precision"}, "dtype is 'half-precision'"),
         ({"summary_type": "attn"}, "summary_type is 'attn'"),
         ({"problem_type": "guess"}, "problem_type is 'guess'"),
-        ({"add_cross_attention": True}, "add_cross_attention .* not supported"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is not supported"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
