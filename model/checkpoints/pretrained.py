@@ -59,6 +59,17 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         """How many parameters there are; shared ones count once."""
         return sum(p.numel() for p in self.parameters())
 
+    def can_generate(self):
+        """Whether the model has generate(), which others ask before they call it."""
+        return hasattr(self, "generate")
+
+    def __getattr__(self, name):
+        if name == "hf_device_map":  # hasattr() of it must stay False: accelerate would take the model for its own
+            raise AttributeError(
+                f"{type(self).__name__} has no hf_device_map: its weights lie on one device, model.device; .to() moves"
+            )
+        return super().__getattr__(name)
+
     def read_beside(self, source):
         """Reads what a checkpoint holds beside its config and its weights. Nothing, unless a model says otherwise."""
 

@@ -80,6 +80,8 @@ class GenerationConfig:
         special = {name: getattr(self, name) for name in SPECIAL_TOKENS if getattr(self, name) is not None}
         return copy.deepcopy({**special, **own})
 
+    to_diff_dict = to_dict  # where nothing has a default, what differs from the defaults is what is set
+
     @classmethod
     def from_model_config(cls, config):
         """Nothing but the special tokens of a GPT2Config."""

@@ -35,6 +35,22 @@ class GenerationMixin:
         values = config if isinstance(config, dict) else config.to_dict()
         self._generation_config = GenerationConfig.from_dict(values, self.config)
 
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **inputs
+    ):
+        """The arguments of the next forward pass of somebody else's decoding loop; generate() has its own.
+
+        input_ids [B, T]: a whole text, of which a cache's tokens are left out. inputs_embeds are taken where the cache
+        is empty. The mask, and what else there is, goes along as it is; cache_position, which a cache knows, does not.
+        """
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = {name: value for name, value in inputs.items() if name != "cache_position" and value is not None}
+        if inputs_embeds is not None and not held:
+            inputs["inputs_embeds"] = inputs_embeds
+        else:
+            inputs["input_ids"] = input_ids[:, held:]
+        return {**inputs, "attention_mask": attention_mask, "past_key_values": past_key_values}
+
     def read_beside(self, source):
         path = source.find(FILE)
         if path is not None:

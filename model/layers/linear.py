@@ -49,6 +49,14 @@ class Conv1D(Linear):
         self.weight = nn.Parameter(torch.empty(in_features, out_features))
         self.bias = nn.Parameter(torch.empty(out_features))
 
+    @property
+    def in_features(self):
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self):
+        return self.weight.shape[1]
+
     def out_in(self):
         return self.weight.t()
 

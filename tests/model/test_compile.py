@@ -75,6 +75,19 @@ class TestWithoutAutograd:
             assert_same_logits(program.module()(**other), model(**other), **other)
 
 
+@torch.no_grad()
+def test_a_compiled_package_takes_all_sizes(tmp_path):
+    """AOTInductor on a CPU: the file that it writes needs neither the model's code nor its weights' file."""
+    model = spread(GPT2(tiny_config(n_layer=1), attn_implementation="sdpa")).eval()
+    B, T = torch.export.Dim("B", max=64), torch.export.Dim("T", min=2, max=64)
+    given = inputs([7, 4], 7, "left")
+    program = torch.export.export(model, (), given, dynamic_shapes={name: {0: B, 1: T} for name in given})
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "gpt2.pt2"))
+    compiled = torch._inductor.aoti_load_package(path)
+    for other in (given, inputs([1, 13, 9], 13, "left")):
+        assert_same_logits(compiled(**other), model(**other), **other)
+
+
 @pytest.mark.parametrize("cls", [GPT2ForSequenceClassification, GPT2ForQuestionAnswering])
 @torch.no_grad()
 def test_other_heads_are_exported(cls):
