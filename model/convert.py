@@ -3,7 +3,8 @@
 SOURCE, whose kind is found out: a directory in Hugging Face's layout (safetensors or pickles), with Flax's
 flax_model.msgpack or TensorFlow's tf_model.h5 (with the package h5py), OpenAI's original one with hparams.json and
 model.ckpt.*; or a file: nanoGPT's ckpt.pt, llm.c's .bin.
-FORMAT: safetensors (the default), nanogpt (ckpt.pt), llmc (model.bin), openai (model.ckpt.*, hparams.json).
+FORMAT: safetensors (the default), nanogpt (ckpt.pt), llmc (model.bin), openai (model.ckpt.*, hparams.json),
+gguf and gguf-q8_0 (model.gguf, for llama.cpp; in fp16 or eight bits).
 
 python -m model.convert 124M gpt2
 python -m model.convert out/ckpt.pt gpt2 --vocab-size 50257
@@ -20,10 +21,10 @@ from tqdm import tqdm
 from model.checkpoints.atomic import flush_directory, unused_name, write_new_file
 from model.checkpoints.files import FORMATS, Source, blame, listed, read_checkpoint
 from model.config import GPT2Config
-from model.formats import flax, llmc, nanogpt, openai, tensorflow_h5
+from model.formats import flax, gguf, llmc, nanogpt, openai, tensorflow_h5
 from model.formats.found import Found, cut_vocabulary
 
-TARGETS = ("safetensors", "nanogpt", "llmc", "openai")
+TARGETS = ("safetensors", "nanogpt", "llmc", "openai", "gguf", "gguf-q8_0")
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
@@ -115,6 +116,10 @@ def _write(model, directory, to, source):
             if model.dtype not in llmc.DTYPES.values():
                 raise ValueError(f"convert: the weights are {model.dtype}; llm.c's are float32 or bfloat16: --dtype")
             write_new_file(staging / "model.bin", llmc.chunks(model))
+        elif to.startswith("gguf"):
+            beside = source if source.is_dir() else source.parent
+            vocabulary = gguf.read_vocabulary(beside, model.config.vocab_size)
+            write_new_file(staging / "model.gguf", gguf.chunks(model, *vocabulary, quantised=to == "gguf-q8_0"))
         else:
             openai.write(model, staging)
             for name in openai.TOKENIZER:

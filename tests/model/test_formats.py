@@ -16,7 +16,7 @@ from optional import Optional
 from peers import spread, tiny_config
 from safetensors.torch import load_file
 
-from model import GPT2
+from model import GPT2, GPT2Config
 from model.convert import convert, main
 from model.formats import flax, llmc, openai, tensor_bundle, tensorflow_h5
 from model.formats.crc32c import crc32c, masked
@@ -328,6 +328,94 @@ def test_flaxs_msgpack(ours, saved, tmp_path):
     with pytest.raises(ValueError, match="transformer/wte/pickle is int; it must be an array"):
         convert(tmp_path, tmp_path / "short")
     assert not (tmp_path / "short").exists()
+
+
+def read_gguf(content):
+    """(keys, {name: (lengths from the innermost, type, bytes)}) of a .gguf, read as docs/gguf.md describes it."""
+    at = 0
+
+    def take(form):
+        nonlocal at
+        values = struct.unpack_from("<" + form, content, at)
+        at += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def value(kind):
+        nonlocal at
+        if kind == 8:
+            length = take("Q")
+            at += length
+            return content[at - length : at].decode()
+        if kind == 9:
+            of, count = take("IQ")
+            return [value(of) for _ in range(count)]
+        return take({4: "I", 5: "i", 6: "f"}[kind])
+
+    assert content[:4] == b"GGUF"
+    at = 4
+    version, tensors, count = take("IQQ")
+    assert version == 3
+    keys = {value(8): value(take("I")) for _ in range(count)}
+    infos = {}
+    for _ in range(tensors):
+        name, dimensions = value(8), take("I")
+        shape = [take("Q") for _ in range(dimensions)]
+        infos[name] = shape, *take("IQ")
+    start = -(-at // 32) * 32
+    found = {}
+    for name, (shape, kind, offset) in infos.items():
+        assert offset % 32 == 0
+        size = {0: 4, 1: 2, 8: 34 / 32}[kind] * math.prod(shape)
+        found[name] = shape, kind, content[start + offset : start + offset + int(size)]
+        assert len(found[name][2]) == size
+    return keys, found
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-q8_0"])
+def test_gguf_read_back(to, tmp_path):
+    fields = {"vocab_size": 300, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 16}
+    ours = spread(GPT2(GPT2Config(**fields, bos_token_id=299, eos_token_id=299)))
+    ours.save_pretrained(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"llama\.cpp needs the vocabulary in the file; .* has not vocab\.json and"):
+        convert(tmp_path / "hf", tmp_path / "out", to)
+    tokens = [f"t{i}" for i in range(299)] + ["<|endoftext|>"]
+    (tmp_path / "hf" / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens[:-1])}))
+    with pytest.raises(ValueError, match=r"has 299 tokens; the model's 300 rows need one for each id"):
+        convert(tmp_path / "hf", tmp_path / "out", to)
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    convert(tmp_path / "hf", tmp_path / "out", to)
+    keys, found = read_gguf((tmp_path / "out" / "model.gguf").read_bytes())
+    assert keys["general.architecture"] == "gpt2"
+    assert keys["tokenizer.ggml.tokens"] == tokens
+    assert keys["tokenizer.ggml.token_type"] == [1] * 299 + [3]
+    assert keys["tokenizer.ggml.merges"] == ["a b", "ab c"]
+    assert keys["tokenizer.ggml.eos_token_id"] == 299
+    assert (keys["gpt2.block_count"], keys["gpt2.attention.head_count"], keys["gpt2.context_length"]) == (2, 4, 16)
+    state = ours.state_dict()
+    assert len(found) == len(state) - 1  # the head is token_embd
+    for theirs, ours_name, transposed in (
+        ("token_embd.weight", "wte.weight", False),
+        ("blk.1.attn_qkv.weight", "h.1.attn.c_attn.weight", True),
+        ("blk.0.ffn_down.weight", "h.0.mlp.c_proj.weight", True),
+        ("blk.0.ffn_norm.bias", "h.0.ln_2.bias", False),
+        ("position_embd.weight", "wpe.weight", False),
+    ):
+        shape, kind, content = found[theirs]
+        expected = state["transformer." + ours_name]
+        expected = expected.t() if transposed else expected
+        assert shape == list(reversed(expected.shape))
+        assert kind == (0 if "norm" in theirs or "position" in theirs else 8 if to.endswith("q8_0") else 1)
+        numbers = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if kind == 8:
+            blocks = numbers.view(-1, 34)
+            scale = blocks[:, :2].contiguous().view(torch.float16).float()  # [blocks, 1]
+            values = blocks[:, 2:].contiguous().view(torch.int8) * scale
+            # half a step of the grid, and the scale's own rounding to fp16
+            assert ((values - expected.reshape(-1, 32)).abs() <= scale * (0.5 + 128 * 2**-11)).all()
+        else:
+            dtype = torch.float16 if kind == 1 else torch.float32
+            assert torch.equal(numbers.view(dtype), expected.reshape(-1).to(dtype))
 
 
 def test_names_of_tensorflows_h5():
