@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # found without being installed
+if not __package__:  # run by its path: the checkout is found from there
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TIME = ("median_ms", "p20_ms", "p80_ms")

@@ -14,7 +14,10 @@ from model.auto import (
     AutoModelForTokenClassification,
     absent,
 )
+from model.cache import KVCache
 from model.config import GPT2Config
+from model.generation.config import GenerationConfig
+from model.generation.streaming import TextStreamer
 from model.gpt2 import GPT2, GPT2LMHeadModel, GPT2Model
 from model.heads import (
     GPT2DoubleHeadsModel,
@@ -49,8 +52,11 @@ __all__ = [
     "GPT2ForTokenClassification",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "GenerationConfig",
+    "KVCache",
     "QuestionAnsweringModelOutput",
     "SequenceClassifierOutputWithPast",
+    "TextStreamer",
     "TokenClassifierOutput",
     "attention_backends",
     "register_attention",
