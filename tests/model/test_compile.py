@@ -1,5 +1,7 @@
 """torch.compile and torch.export trace the whole model without a graph break, and it computes what it does eagerly."""
 
+import shutil
+
 import pytest
 import torch
 from lanes import across_lanes
@@ -75,6 +77,7 @@ class TestWithoutAutograd:
             assert_same_logits(program.module()(**other), model(**other), **other)
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="AOTInductor needs a C++ compiler")
 @torch.no_grad()
 def test_a_compiled_package_takes_all_sizes(tmp_path):
     """AOTInductor on a CPU: the file that it writes needs neither the model's code nor its weights' file."""
