@@ -300,10 +300,9 @@ class GPT2Model(PretrainedModel):
         if given.dim() != (2 if C is None else 3) or given.shape[2:].numel() != (C or 1):
             expected = "input_ids must be [B, T]" if C is None else f"inputs_embeds must be [B, T, n_embd = {C}]"
             raise ValueError(f"GPT2Model: {expected}; its shape is {tuple(given.shape)}")
-        dtype = self.wpe.weight.dtype
-        if C is not None and torch.promote_types(given.dtype, dtype) != dtype:
+        if C is not None and torch.promote_types(given.dtype, self.dtype) != self.dtype:
             raise TypeError(
-                f"GPT2Model: inputs_embeds is {given.dtype}; the model is {dtype}: .to(model.dtype) fits it"
+                f"GPT2Model: inputs_embeds is {given.dtype}; the model is {self.dtype}: .to(model.dtype) fits it"
             )
         B, T = given.shape[:2]
         if self.config.n_positions < T:
