@@ -249,7 +249,7 @@ class GPT2Model(PretrainedModel):
         else:
             padding = Padding(counts=new_tokens(attention_mask, B, T, cache))
             cache.reserve(T)
-        encoder = encoder_of(config, encoder_hidden_states, encoder_attention_mask, B, cache)
+        encoder = encoder_of(config, encoder_hidden_states, encoder_attention_mask, B, cache, self.dtype)
 
         hidden_states, attentions = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -388,7 +388,13 @@ class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
         return_logits: False leaves logits None and takes the loss without ever holding all of them.
         """
         check_inputs("GPT2", self.device, labels=labels, return_dict=return_dict, return_logits=return_logits)
-        if not isinstance(logits_to_keep, torch.Tensor):
+        if isinstance(logits_to_keep, torch.Tensor):
+            if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+                came = f"{logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}"
+                raise TypeError(
+                    f"GPT2: logits_to_keep is {came}; it must be a number, or positions [K] of int64 or int32"
+                )
+        else:
             check_number("GPT2", logits_to_keep, "logits_to_keep", "at least 0", lambda n: n >= 0, integer=True)
         hidden = self.transformer(
             input_ids,

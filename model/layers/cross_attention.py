@@ -19,9 +19,10 @@ class Encoder:
     kv_end: torch.Tensor | None = None
 
 
-def encoder_of(config, states, mask, B, cache):
-    """The Encoder of a forward pass, or None where there is none. Raises ValueError for what does not fit.
+def encoder_of(config, states, mask, B, cache, dtype):
+    """The Encoder of a forward pass, or None where there is none. Raises TypeError or ValueError for what does not fit.
 
+    dtype: the model's, which the states have, too, but under autocast.
     A cache that has seen an encoder's states goes on with those; states that come again must be of the same shape.
     """
     held = getattr(cache, "encoder", None)
@@ -33,6 +34,8 @@ def encoder_of(config, states, mask, B, cache):
         raise ValueError("GPT2Model: encoder_hidden_states came, but config.add_cross_attention is False")
     S = states.shape[1] if states.dim() == 3 else 1
     check_shape("encoder_hidden_states", states, (B, S, config.n_embd))
+    if states.dtype != dtype and not _is_mixed(states.device.type):
+        raise TypeError(f"GPT2Model: encoder_hidden_states is {states.dtype}; the model is {dtype}: .to(model.dtype)")
     if S == 0:
         raise ValueError("GPT2Model: encoder_hidden_states has no token; at least one is required")
     if held is not None:
@@ -41,6 +44,10 @@ def encoder_of(config, states, mask, B, cache):
             raise ValueError(f"GPT2Model: encoder_hidden_states has {S} tokens; past_key_values has seen {seen}")
         return held
     return Encoder(states, *padding_bounds(mask, B, S))
+
+
+def _is_mixed(device):
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class CrossAttention(nn.Module):
@@ -89,4 +96,4 @@ class CrossAttention(nn.Module):
 
     def _heads(self, x):
         """[B, T, C] as [B, H, T, D], a view."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)

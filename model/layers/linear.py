@@ -22,7 +22,7 @@ class Linear(nn.Module):
             y = onednn.linear(rows, weight, self.bias, self.packed)
         else:
             y = nn.functional.linear(rows, weight, self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def pack(self):
         """The weight packed for decoding on a CPU, or None where that is of no use. Training drops what is packed.

@@ -82,6 +82,14 @@ CALLS = {
         {"name": "never called", "replace": True},
     ),
     "resize_token_embeddings": lambda: (made("GPT2").resize_token_embeddings, {"new_num_tokens": 31}),
+    "GPT2 over an encoder": lambda: (
+        made("GPT2", add_cross_attention=True).forward,
+        {
+            "input_ids": IDS,
+            "encoder_hidden_states": torch.randn(2, 3, SIZES["n_embd"]),
+            "encoder_attention_mask": torch.ones(2, 3, dtype=torch.long),
+        },
+    ),
     "generate": lambda: (made("GPT2").generate, {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 2}),
     "generate from embeddings": lambda: (
         made("GPT2").generate,
