@@ -11,6 +11,7 @@ from rowwise import assert_bit_identical, check_against_oracle, poisoned, with_g
 from torch.library import opcheck
 
 from kernels import add_layer_norm, configs, layer_norm, reference
+from kernels.checks import INTERPRETED
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
@@ -31,7 +32,9 @@ def inputs(M, N, dtype, device, seed=0):
 
 def check(x, residual, weight, bias, dy, dsum):
     beside = ()
-    if x.shape[1] == 1:  # dx is a difference of equal numbers, times rstd; fused multiply-adds leave its rounding
+    if (
+        x.shape[1] == 1 and not INTERPRETED
+    ):  # dx is a difference of equal numbers, times rstd; fused multiply-adds leave its rounding
         beside = ((dy * weight).double() * 1e-5**-0.5,)
     check_against_oracle(layer_norm, reference.layer_norm, (x, weight, bias), (dy,), beside)
     check_against_oracle(add_layer_norm, reference.add_layer_norm, (x, residual, weight, bias), (dy, dsum), beside)
