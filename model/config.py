@@ -322,6 +322,11 @@ class GPT2Config:
         values["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return {**self.extra, **values, "model_type": self.model_type}
 
+    def attention_scale(self, layer_idx):
+        """What a layer's scores are multiplied by."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer_idx + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
     def to_json_string(self):
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 

@@ -44,9 +44,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.num_heads = config.n_head
-        self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer_idx + 1
+        self.scale = config.attention_scale(layer_idx)
         self.upcast = config.reorder_and_upcast_attn
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
