@@ -32,9 +32,9 @@ from bench.lib.files import write_file
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
 from bench.lib.live_bytes import LiveBytes
-from bench.lib.providers import THEIRS, Provider, build, gate, refuse
+from bench.lib.providers import THEIRS, Provider, build, gate, refuse, refuse_lengths
 from bench.lib.record import NOT_MEASURED, Record, cell
-from model import GPT2Config, attention_backends
+from model import attention_backends
 from model.attention.outside import add_import_option
 from model.config import PRESETS
 
@@ -190,10 +190,7 @@ def complete(args):
         refuse("--pair", name, args, unequal_lengths="decoding" in args.mode)
     if args.pair[0] == args.pair[1]:
         raise UsageError(f"--pair {args.pair[0]} {args.pair[1]}: two different providers are required")
-    config = GPT2Config.preset(args.size)
-    for T in args.seq_lens or ():
-        if not 2 <= T <= config.n_positions:
-            raise UsageError(f"--seq-lens {T}: between 2 and n_positions = {config.n_positions} is required")
+    refuse_lengths(args)
 
 
 def main(argv=None):

@@ -22,10 +22,10 @@ from bench.lib.cli import Parser, UsageError, positive
 from bench.lib.clock import TIMES, attempt, measure
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
-from bench.lib.providers import THEIRS, Provider, build, gate, refuse
+from bench.lib.providers import THEIRS, Provider, build, gate, refuse, refuse_lengths
 from bench.lib.record import Record
 from bench.model_sweep import peak_with_weights_mb
-from model import GPT2Config, attention_backends
+from model import attention_backends
 from model.config import PRESETS
 from model.training.optimizer import flops_per_token, peak_flops
 
@@ -85,10 +85,7 @@ def complete(args):
         refuse("--providers", name, args)
     if len(set(args.providers)) < len(args.providers):
         raise UsageError(f"--providers {' '.join(args.providers)}: one of them is named twice")
-    config = GPT2Config.preset(args.size)
-    for T in args.seq_lens or ():
-        if not 2 <= T <= config.n_positions:
-            raise UsageError(f"--seq-lens {T}: between 2 and n_positions = {config.n_positions} is required")
+    refuse_lengths(args)
 
 
 def main(argv=None):

@@ -174,6 +174,14 @@ def gate(providers, ours):
     return judged
 
 
+def refuse_lengths(args):
+    """UsageError if a model of args.size has no positions for one of args.seq_lens."""
+    most = GPT2Config.preset(args.size).n_positions
+    for T in args.seq_lens or ():
+        if not 2 <= T <= most:
+            raise UsageError(f"--seq-lens {T}: between 2 and n_positions = {most} is required")
+
+
 def refuse(option, name, args, **needs):
     """UsageError if the provider that the option names cannot serve args.size, args.dtype and args.device.
 
