@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.plans import contiguous_heads, packed_heads, tile_constants
+from kernels.attention.plans import COUNTS, contiguous_heads, packed_heads, tile_constants
 from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
 from kernels.dropout import dropout_mask, dropout_numbers
@@ -31,7 +31,7 @@ from kernels.launch import Launcher
 from kernels.library import LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_dq_kernel(
     q_ptr,  # [B, H, T_q, HEAD_DIM]
     k_ptr,  # [B, H, T_k, HEAD_DIM]
@@ -119,7 +119,7 @@ def _attention_dq_kernel(
     _store_rows(dq_ptr + b * stride_dqb + h * stride_dqh, dq * scale, offs_m, stride_dqt, inside, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_dkdv_kernel(
     q_ptr,  # [B, H, T_q, HEAD_DIM]
     k_ptr,  # [B, H, T_k, HEAD_DIM]

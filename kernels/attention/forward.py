@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.plans import contiguous_heads, packed_heads, tile_constants
+from kernels.attention.plans import COUNTS, contiguous_heads, packed_heads, tile_constants
 from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
 from kernels.dropout import dropout_mask, dropout_numbers
@@ -30,7 +30,7 @@ from kernels.library import LOG2E
 PARTS = tl.constexpr(8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_forward_kernel(
     q_ptr,  # [B, H, T_q, HEAD_DIM]
     k_ptr,  # [B, H, T_k, HEAD_DIM]

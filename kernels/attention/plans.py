@@ -7,6 +7,9 @@ import triton
 
 from kernels.library import dot_precision
 
+# Numbers whose divisibility helps no load: kernels are not compiled anew for it.
+COUNTS = ("H", "heads_per_group")
+
 
 def constants(dtype, head_dim, **rest):
     """The constexprs and compiler's options that every attention kernel takes, and the rest."""
