@@ -129,11 +129,11 @@ def autocast_hint(tensor):
     return f" (autocast to {dtype} is on; it casts no inputs of these kernels: cast them, or leave autocast)"
 
 
-def check_same(function, first, first_name, second, second_name):
-    """Two tensors must share dtype and device."""
+def check_same(function, first, first_name, second, second_name, *, may_be_fp32=False):
+    """Two tensors must share dtype and device; the second may be fp32, if it may."""
     for what in ("dtype", "device"):
         ours, theirs = getattr(first, what), getattr(second, what)
-        if ours != theirs:
+        if ours != theirs and not (may_be_fp32 and theirs is torch.float32):
             hint = autocast_hint(first) if what == "dtype" else ""
             raise ValueError(
                 f"{function}: {second_name} has {what} {theirs}, {first_name} has {ours}; they must match{hint}"

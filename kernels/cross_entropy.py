@@ -35,7 +35,7 @@ from kernels.configs import vocabulary_config
 from kernels.launch import Launcher
 from kernels.library import define_op
 from kernels.logits import _capped, _row_loss, _row_statistics, _target_weight, _write_gradient, _write_zeros
-from kernels.rows import as_rows
+from kernels.rows import as_rows, empty_aligned
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -363,13 +363,13 @@ def _forward_fake(logits, target, class_weight, reduction, *options):
 
 
 def _backward(dloss, counts, logits, target, class_weight, m, l, *options):
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = empty_aligned(*logits.shape, logits)
     _launch_backward(dloss, counts, logits, target, class_weight, m, l, options, dlogits)
     return dlogits
 
 
 def _backward_fake(dloss, counts, logits, target, class_weight, m, l, *options):
-    return logits.new_empty(logits.shape)
+    return empty_aligned(*logits.shape, logits)
 
 
 def _backward_in_place(dloss, counts, logits, target, class_weight, m, l, *options):

@@ -232,7 +232,7 @@ def _check(tensors):
     as_rows(function, x, "x")
     check_dtype(function, x, "x")
     if bias is not None:
-        check_vector(function, x, "x", bias, "bias")
+        check_vector(function, x, "x", bias, "bias", may_be_fp32=True)
 
 
 def gelu(x):
@@ -247,7 +247,10 @@ def gelu(x):
 
 
 def bias_gelu(x, bias):
-    """gelu(x + bias) in one pass: x as for gelu, bias [N] of its dtype. Backward gives dbias with dx in one pass."""
+    """gelu(x + bias) in one pass, and backward dbias with dx in one pass.
+
+    x: as for gelu; bias: [N], of x's dtype, or fp32 beside an x of two bytes, as in mixed precision.
+    """
     check_tensor("bias_gelu", bias, "bias")
     _check((x, bias))
     return _BiasGelu.apply(x, bias) if needs_graph(x, bias) else bias_gelu_forward(x, bias)

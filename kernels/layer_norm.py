@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import (
+    FLOATS,
     check_device,
     check_dropout,
     check_dtype,
@@ -201,8 +202,9 @@ def _layer_norm_backward_kernel(
                     tl.float32
                 )  # [BLOCK_M, BLOCK_N]
             _store_tile(dresidual_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
-            if seed_ptr is not None:
-                d = _dropout(d, seed_ptr, offs_m, keep_scale, drop_below, i, BLOCK_M, BLOCK_N)
+            if dx_ptr is not None:
+                if seed_ptr is not None:
+                    d = _dropout(d, seed_ptr, offs_m, keep_scale, drop_below, i, BLOCK_M, BLOCK_N)
                 _store_tile(dx_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
 
     if SUMS:
@@ -289,12 +291,15 @@ def _programs(M, N):
     return min(PARTIAL_ROWS, triton.cdiv(M, _backward_config(N).BLOCK_M))
 
 
-def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
-    """y, and total or None without a residual, [..., N]; mean [2, M] (itself and the rest) and rstd [M], both fp32."""
+def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p, dtype=None):
+    """y, and total or None without a residual, [..., N]; mean [2, M] (itself and the rest) and rstd [M], both fp32.
+
+    y is of dtype, or of x's; total of the residual's.
+    """
     N = x.shape[-1]
     M = x.numel() // N
-    y = empty_rows(x)
-    total = None if residual is None else empty_rows(x)
+    y = empty_rows(x, dtype)
+    total = None if residual is None else empty_rows(residual)
     mean, rstd = x.new_empty((2, M), dtype=torch.float32), x.new_empty((M,), dtype=torch.float32)
     if M:
         strides = row_stride(x), 0 if residual is None else row_stride(residual)
@@ -302,12 +307,15 @@ def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p):
     return y, total, mean, rstd
 
 
-def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout_p):
-    """dresidual [..., N], dx [..., N] (None without a seed), and dweight and dbias as one [2, N]."""
+def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout_p, dx_dtype=None):
+    """dresidual [..., N], dx [..., N], and dweight and dbias as one [2, N].
+
+    dx, of dx_dtype, is None where it would be dresidual: without a seed, and where dx_dtype is x's or None.
+    """
     N = x.shape[-1]
     M = x.numel() // N
     dresidual = empty_rows(x)
-    dx = None if seed is None else empty_rows(x)
+    dx = None if seed is None and dx_dtype in (None, x.dtype) else empty_rows(x, dx_dtype)
     partial = x.new_empty((2, _programs(M, N), N), dtype=torch.float32)
     if M:
         stride_dy, stride_x = row_stride(dy), row_stride(x)
@@ -319,16 +327,16 @@ def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout
     return dresidual, dx, column_sums(partial, weight.dtype)
 
 
-def _forward(x, weight, bias, eps):
+def _forward(x, weight, bias, eps, dtype):
     check_device("layer_norm", x, "x")
-    y, _, mean, rstd = _launch_layer_norm_forward(x, None, weight, bias, None, eps, 0.0)
+    y, _, mean, rstd = _launch_layer_norm_forward(x, None, weight, bias, None, eps, 0.0, dtype)
     return y, mean, rstd
 
 
-def _forward_fake(x, weight, bias, eps):
+def _forward_fake(x, weight, bias, eps, dtype):
     M = x.numel() // x.shape[-1]
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, M), (M,)))
-    return x.new_empty(x.shape), mean, rstd
+    return x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
 def _backward(dy, x, weight, mean, rstd):
@@ -346,22 +354,24 @@ def _add_forward(x, residual, weight, bias, seed, eps, dropout_p):
 
 
 def _add_forward_fake(x, residual, weight, bias, seed, eps, dropout_p):
-    y, mean, rstd = _forward_fake(x, weight, bias, eps)
-    return y, torch.empty_like(y), mean, rstd
+    y, mean, rstd = _forward_fake(x, weight, bias, eps, None)
+    return y, residual.new_empty(residual.shape), mean, rstd
 
 
 def _add_backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p):
-    dresidual, dx, dparameters = _launch_layer_norm_backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p)
-    return dresidual, total.new_empty(0) if dx is None else dx, dparameters
+    tensors = dy, dtotal, total, weight, mean, rstd, seed
+    dresidual, dx, dparameters = _launch_layer_norm_backward(*tensors, dropout_p, dy.dtype)
+    return dresidual, dy.new_empty(0) if dx is None else dx, dparameters
 
 
 def _add_backward_fake(dy, dtotal, total, weight, mean, rstd, seed, dropout_p):
-    dx = total.new_empty(0 if seed is None else total.shape)
+    dx = dy.new_empty(0 if seed is None and dy.dtype == total.dtype else total.shape)
     return torch.empty_like(total), dx, weight.new_empty(2, *weight.shape)
 
 
 layer_norm_forward = define_op(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType? dtype) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -386,8 +396,8 @@ add_layer_norm_backward = define_op(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
+    def forward(ctx, x, weight, bias, eps, dtype):
+        y, mean, rstd = layer_norm_forward(x, weight, bias, eps, dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
@@ -395,7 +405,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         refuse_second_derivative("layer_norm")
         dx, dparameters = layer_norm_backward(even_rows(dy), *ctx.saved_tensors)
-        return dx, *dparameters.unbind(), None
+        return dx, *dparameters.unbind(), None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -403,7 +413,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p):
         y, total, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p)
         ctx.save_for_backward(total, weight, mean, rstd, seed)
-        ctx.dropout_p = dropout_p
+        ctx.dropout_p, ctx.dtype = dropout_p, y.dtype
         ctx.set_materialize_grads(False)  # where only y is used, no zeros are read for total
         return y, total
 
@@ -411,10 +421,10 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(ctx, dy, dtotal):
         refuse_second_derivative("add_layer_norm")
         total, *saved, seed = ctx.saved_tensors
-        dy = torch.zeros_like(total) if dy is None else even_rows(dy)
+        dy = torch.zeros_like(total, dtype=ctx.dtype) if dy is None else even_rows(dy)
         dtotal = None if dtotal is None else even_rows(dtotal)
         dresidual, dx, dparameters = add_layer_norm_backward(dy, dtotal, total, *saved, seed, ctx.dropout_p)
-        return dresidual if seed is None else dx, dresidual, *dparameters.unbind(), None, None, None
+        return dx if dx.numel() else dresidual, dresidual, *dparameters.unbind(), None, None, None
 
 
 @once
@@ -424,7 +434,7 @@ def _check(tensors, eps):
     as_rows(function, x, "x")
     if residual is not None:
         as_rows(function, residual, "residual")
-        check_same(function, x, "x", residual, "residual")
+        check_same(function, x, "x", residual, "residual", may_be_fp32=True)
         if x.shape != residual.shape:
             raise ValueError(
                 f"{function}: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; they must match"
@@ -439,26 +449,32 @@ def _check(tensors, eps):
     check_number(function, eps, "eps", "at least 0 and finite", lambda eps: 0 <= eps < math.inf)
 
 
-def layer_norm(x, weight, bias, eps=1e-5):
+def layer_norm(x, weight, bias, eps=1e-5, *, dtype=None):
     """LayerNorm over the last dimension by a Triton kernel, differentiable once. Ba, Kiros and Hinton, 2016.
 
     x: [..., N], rows evenly spaced in memory and of unit stride (they are read in place), N from 1 to 16384.
     weight, bias: [N]. fp16, bf16 or fp32, all the same; or weight and bias fp32 beside rows of two bytes, as in mixed
         precision; statistics and arithmetic are fp32.
-    Returns y with x's shape and dtype, contiguous. Its bits depend on the row alone, not on the others.
+    dtype: of y: x's unless given, or one of two bytes beside fp32 rows, as mixed precision wants it.
+    Returns y with x's shape, contiguous. Its bits depend on the row alone, not on the others.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
     _check((x, None, weight, bias), eps)
-    eps = float(eps)
+    if dtype is not None and (dtype not in FLOATS or x.dtype not in (dtype, torch.float32)):
+        raise ValueError(
+            f"layer_norm: dtype is {dtype} and x has {x.dtype}; it must be x's, or float16 or bfloat16 beside fp32"
+        )
+    options = float(eps), dtype
     if needs_graph(x, weight, bias):
-        return _LayerNorm.apply(x, weight, bias, eps)
-    return layer_norm_forward(x, weight, bias, eps)[0]
+        return _LayerNorm.apply(x, weight, bias, *options)
+    return layer_norm_forward(x, weight, bias, *options)[0]
 
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropout_seed=None):
     """(y, total): total = residual + dropout(x), and y its LayerNorm, in one pass; differentiable once.
 
-    x, residual: [..., N] of one shape; otherwise as layer_norm's x. total is rounded to their dtype, and y is its norm.
+    x, residual: [..., N] of one shape; otherwise as layer_norm's x. The residual may be fp32 beside an x of two bytes,
+        as in mixed precision. total is rounded to the residual's dtype, and y, of x's dtype, is its norm.
     dropout_p: probability that dropout zeroes an element of x, in [0, 1), rounded to a multiple of 1 / 65536.
     dropout_seed: int64 [1] on x's device; drawn from torch's generator there unless given.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.

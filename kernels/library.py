@@ -59,6 +59,7 @@ _NONE = frozenset((type(None),))
 _KINDS = {"Tensor": _TENSOR, "Optional[Tensor]": _TENSOR | _NONE} | {
     kind.__name__: frozenset((kind,)) for kind in (int, float, bool, str)
 }
+_KINDS["Optional[int]"] = _NONE | {torch.dtype}  # what a schema calls ScalarType?; no op of ours takes an int?
 _KEY = torch._C.DispatchKey
 _ORDINARY = 0  # the dispatch keys of a tensor that a kernel can take as it is
 for _key in (

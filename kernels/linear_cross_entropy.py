@@ -12,7 +12,8 @@ once more: two products for the logits in place of one.
 
 Bytes live at once beside the results: chunk_rows V e for the chunk, 4 V C for the fp32 sum of dweight; where a CPU
 multiplies two-byte tensors, which it cannot into fp32, 4 chunk_rows V more. FLOPs: 6 M V C, as with the logits in full.
-The same chunks can be taken by plain PyTorch, on any device. Autocast does not reach inside: the inputs' dtype counts.
+The same chunks can be taken by plain PyTorch, on any device. Autocast does not reach inside: x's dtype counts, to which
+fp32 weights and biases, as mixed precision keeps them, are rounded; their gradients are not.
 """
 
 import torch
@@ -27,10 +28,7 @@ from kernels.checks import (
 )
 from kernels.cross_entropy import OPTIONS_SCHEMA, LossOptions, check_loss, launch_counts, launch_reduction, launch_rows
 from kernels.library import define_op, without_autocast
-from kernels.rows import as_rows
-
-_ROW_ALIGNMENT = 64  # logits: rows start on a cache line, whatever V is
-
+from kernels.rows import as_rows, empty_aligned
 
 # What the chunks need of a loss, in plain PyTorch: see logits.py for the formulas.
 
@@ -108,8 +106,8 @@ def _chunked(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows
     M, C = x.shape
     V = weight.shape[0]
     losses = torch.empty(M, dtype=torch.float32, device=x.device)
-    width = -(-V // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    buffer = torch.empty(min(M, chunk_rows), width, dtype=x.dtype, device=x.device)
+    buffer = empty_aligned(min(M, chunk_rows), V, x)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     dx = torch.empty((M, C) if wants_dx else 0, dtype=x.dtype, device=x.device)
     dweight = torch.zeros((V, C) if wants_dweight else 0, dtype=torch.float32, device=x.device)
     dbias = torch.zeros(V if wants_dbias else 0, dtype=torch.float32, device=x.device)
@@ -117,7 +115,7 @@ def _chunked(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows
         counts = counts_of(target, class_weight, V, options.ignore_index, reduction)
         for start in range(0, M, chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            logits = buffer[: min(chunk_rows, M - start), :V]
+            logits = buffer[: min(chunk_rows, M - start)]
             if bias is None:
                 torch.mm(x[chunk], weight.T, out=logits)
             else:
@@ -221,8 +219,8 @@ def linear_cross_entropy(
 ):
     """cross_entropy(x weight^T + bias, target) without ever holding all logits; differentiable once.
 
-    x: [M, C]; weight: [V, C]; bias: [V] or None; fp16, bf16 or fp32, the same, which is what they are multiplied in:
-        autocast does not reach inside. target: int64 [M], in [0, V) or ignore_index.
+    x: [M, C], fp16, bf16 or fp32, which is what is multiplied in: autocast does not reach inside. weight: [V, C] and
+        bias: [V] or None, of x's dtype, or fp32 beside an x of two bytes. target: int64 [M], in [0, V) or ignore_index.
     chunk_rows: how many rows of logits exist at once.
     implementation: "triton", or "torch", which takes the same chunks in plain PyTorch on any device.
     The other options are cross_entropy's.
@@ -239,11 +237,11 @@ def linear_cross_entropy(
             f"{function}: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; they must be [M, C] and [V, C]"
         )
     check_dtype(function, x, "x")
-    check_same(function, x, "x", weight, "weight")
+    check_same(function, x, "x", weight, "weight", may_be_fp32=True)
     V = weight.shape[0]
     if bias is not None:
         check_tensor(function, bias, "bias")
-        check_same(function, x, "x", bias, "bias")
+        check_same(function, x, "x", bias, "bias", may_be_fp32=True)
         if bias.shape != (V,):
             raise ValueError(f"{function}: bias has shape {tuple(bias.shape)}; it must be ({V},)")
     rows = as_rows(function, x, "x")

@@ -17,7 +17,7 @@ from torch import nn
 
 from kernels import add_layer_norm, bias_gelu, cross_entropy, gelu, layer_norm
 from model.layers.observed import is_plain
-from model.layers.ops import TANH_GELU
+from model.layers.ops import TANH_GELU, autocast_dtype
 
 
 class Patched:
@@ -78,22 +78,22 @@ def patch_gpt2(model):
 
 
 def _layer_norm(norm, x):
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=autocast_dtype(x))
 
 
 def _add_layer_norm(x, residual, norm):
     """(norm(x + residual), x + residual)"""
     is_norm = type(norm) is nn.LayerNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
-    if is_norm and x.dtype == residual.dtype:
+    if is_norm and residual.dtype in (x.dtype, torch.float32):
         return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
-    total = x + residual  # under autocast in two dtypes
+    total = x + residual
     return norm(total), total
 
 
 def _mlp(mlp, conv1d, x):
     if is_plain(mlp.c_fc, conv1d):
         rows = torch.mm(x.flatten(0, -2), mlp.c_fc.weight)
-        hidden = bias_gelu(rows, mlp.c_fc.bias.to(rows.dtype)).view(*x.shape[:-1], -1)
+        hidden = bias_gelu(rows, mlp.c_fc.bias).view(*x.shape[:-1], -1)
     else:
         hidden = gelu(mlp.c_fc(x))
     return mlp.dropout(mlp.c_proj(hidden))

@@ -2,7 +2,10 @@
 
 They are functions, not modules, so that a fused kernel can take the place of one without touching a checkpoint. Each
 takes `kernels`, the model's kernel_implementation: "triton", the kernels of this project; "torch", PyTorch's; "auto",
-triton on a GPU that it supports, outside autocast (which mixes dtypes), else torch.
+triton on a GPU that it supports, else torch.
+
+Under autocast the kernels keep what mixed precision keeps in fp32, the residual stream and the parameters, and read and
+write all else in autocast's dtype: a norm's result, too, which PyTorch writes in fp32 and then casts.
 """
 
 import torch
@@ -48,13 +51,21 @@ def check_kernels_name(name):
 def _use_triton(kernels, x):
     if kernels != "auto":
         return kernels == "triton"
-    return x.is_cuda and x.dtype in FLOATS and not torch.is_autocast_enabled("cuda") and triton_runs_on(x.device)
+    return x.is_cuda and x.dtype in FLOATS and triton_runs_on(x.device)
+
+
+def autocast_dtype(x):
+    """What autocast computes in on x's device, or None where it is off or x is not fp32."""
+    kind = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def layer_norm(x, norm, kernels):
     """LayerNorm over the last dimension, with the weight, bias and eps of the module `norm`."""
     if _use_triton(kernels, x):
-        return fused_layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return fused_layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=autocast_dtype(x))
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
@@ -94,4 +105,5 @@ def causal_lm_loss(logits, labels, kernels):
 def causal_lm_head_loss(x, weight, labels, kernels):
     """causal_lm_loss of the logits x weight^T for x [B, T, C], without ever holding all logits."""
     implementation = "triton" if _use_triton(kernels, x) else "torch"
+    x = x.to(autocast_dtype(x) or x.dtype)
     return linear_cross_entropy(x.flatten(0, 1), weight, _next_tokens(labels), implementation=implementation)

@@ -321,6 +321,39 @@ def test_autocast_does_not_reach_inside_the_fused_head(lane, dtype, implementati
         assert torch.equal(one, other)
 
 
+@across_lanes(torch.float16, lanes=("sm_90", "gpu"))
+@in_both_forms
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fp32_weights_beside_x_of_two_bytes(lane, dtype, implementation, reduction):
+    """Mixed precision: the products are those of rounded weights; the gradients keep what they were summed to."""
+    x, weight, target = head_inputs(6, 24, 65, dtype, lane.device)
+    bias = weight[:, 0].clone()
+
+    def gradients(*tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        options = {"bias": leaves[2], "implementation": implementation, "reduction": reduction}
+        loss = linear_cross_entropy(*leaves[:2], target, **options)
+        return loss, *torch.autograd.grad(loss.sum(), leaves)
+
+    loss, dx, dweight, dbias = gradients(x, weight, bias)
+    mixed = gradients(x, weight.float(), bias.float())
+    assert torch.equal(mixed[0], loss)
+    assert torch.equal(mixed[1], dx)
+    for wide, narrow in zip(mixed[2:], (dweight, dbias)):
+        assert wide.dtype == F32
+        assert torch.equal(wide.to(dtype), narrow)
+        assert not torch.equal(wide, narrow.float())
+
+
+@across_lanes(torch.float16, lanes=("sm_90", "gpu"))
+def test_rows_of_the_gradient_begin_on_cache_lines(lane, dtype):
+    """They are the operand of two matrix products, which want it."""
+    logits = torch.randn(5, 70).to(lane.device, dtype).requires_grad_()
+    loss = cross_entropy(logits, torch.randint(70, (5,), device=lane.device))
+    (dlogits,) = torch.autograd.grad(loss, [logits])
+    assert dlogits.stride() == (128, 1)
+
+
 @pytest.mark.parametrize("frozen", ["nothing", "x", "weight", "bias", "everything", "no_grad"])
 def test_only_gradients_that_are_asked_for_are_computed(frozen, monkeypatch):
     asked = []

@@ -53,6 +53,20 @@ def test_small_results_of_negative_values_keep_their_digits(lane, dtype):
     torch.testing.assert_close(gelu(x).double(), expected, rtol=2e-5, atol=0)
 
 
+@across_lanes(F16, lanes=("interpret", "sm_90", "gpu"))
+def test_an_fp32_bias_beside_rows_of_two_bytes(lane, dtype):
+    """Mixed precision: the bias is added, and its gradient given, in fp32."""
+    x, _, dy = inputs(17, 65, dtype, lane.device)
+    _, bias, _ = inputs(17, 65, F32, lane.device)
+
+    def plain(x, bias):
+        return reference.bias_gelu(x.to(bias.dtype), bias).to(x.dtype)
+
+    (y,), (dx, dbias) = with_gradients(bias_gelu, (x, bias), (dy,))
+    assert [t.dtype for t in (y, dx, dbias)] == [dtype, dtype, F32]
+    check_against_oracle(bias_gelu, plain, (x, bias), (dy,))
+
+
 @a_property
 def test_rows_of_any_stride_are_read_in_place(lane, dtype):
     x, bias, dy = inputs(6, 3 * 40, dtype, lane.device)

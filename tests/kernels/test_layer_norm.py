@@ -215,8 +215,8 @@ def test_one_result_may_go_unused(lane, dtype, used):
 def test_ops_pass_opcheck(lane, dtype):
     x, residual, weight, bias, dy, dsum = inputs(5, 96, dtype, lane.device)
     ops = torch.ops.gpt2
-    _, mean, rstd = ops.layer_norm_forward(x, weight, bias, 1e-5)
-    opcheck(ops.layer_norm_forward.default, (x, weight, bias, 1e-5))
+    _, mean, rstd = ops.layer_norm_forward(x, weight, bias, 1e-5, None)
+    opcheck(ops.layer_norm_forward.default, (x, weight, bias, 1e-5, None))
     opcheck(ops.layer_norm_backward.default, (dy, x, weight, mean, rstd))
     opcheck(ops.add_layer_norm_forward.default, (x, residual, weight, bias, None, 1e-5, 0.0))
     opcheck(ops.add_layer_norm_backward.default, (dy, dsum, x, weight, mean, rstd, None, 0.0))
@@ -319,6 +319,56 @@ def test_fp32_parameters_beside_rows_of_two_bytes(lane, dtype):
     x, weight, bias = torch.randn(5, 40).to(lane.device, dtype), torch.randn(40), torch.randn(40)
     inputs = (x, weight.to(lane.device), bias.to(lane.device))
     check_against_oracle(layer_norm, plain, inputs, (torch.randn_like(x),))
+
+
+@across_lanes(F16, lanes=("interpret", "sm_90", "gpu"))
+@pytest.mark.parametrize("dropped", [False, True], ids=["no dropout", "dropout"])
+def test_mixed_precision_keeps_the_residual_in_fp32(lane, dtype, dropped):
+    """The sublayer's output and y in two bytes, the residual, the sum and the parameters in fp32."""
+    _, residual, weight, bias, _, dsum = inputs(9, 300, F32, lane.device)
+    x, _, _, _, dy, _ = inputs(9, 300, dtype, lane.device, seed=1)
+    options, keep = {}, None
+    if dropped:
+        options = {"dropout_p": 0.25, "dropout_seed": torch.tensor([7], device=lane.device)}
+        ones, zeros = torch.ones_like(residual), torch.zeros_like(residual)
+        keep = add_layer_norm(ones, zeros, weight, bias, **options)[1] != 0
+
+    def plain(x, residual, weight, bias):
+        options = {"dropout_p": 0.25, "keep": keep} if dropped else {}
+        y, total = reference.add_layer_norm(x.to(residual.dtype), residual, weight, bias, **options)
+        return y.to(x.dtype), total
+
+    ours = with_gradients(lambda *tensors: add_layer_norm(*tensors, **options), (x, residual, weight, bias), (dy, dsum))
+    assert [t.dtype for t in (*ours[0], *ours[1])] == [dtype, F32, dtype, F32, F32, F32]
+    check_against_oracle(
+        lambda *tensors: add_layer_norm(*tensors, **options), plain, (x, residual, weight, bias), (dy, dsum)
+    )
+
+
+@across_lanes(F16, lanes=("interpret", "sm_90", "gpu"))
+def test_a_norm_of_fp32_rows_may_be_written_in_two_bytes(lane, dtype):
+    x, _, weight, bias, dy, _ = inputs(9, 300, F32, lane.device)
+
+    def ours(x, weight, bias):
+        return layer_norm(x, weight, bias, dtype=dtype)
+
+    def plain(x, weight, bias):
+        y = reference.layer_norm(x, weight, bias)
+        return y if y.dtype == torch.float64 else y.to(dtype)
+
+    (y,), (dx, dweight, dbias) = with_gradients(ours, (x, weight, bias), (dy.to(dtype),))
+    assert [t.dtype for t in (y, dx, dweight, dbias)] == [dtype, F32, F32, F32]
+    assert torch.equal(y, layer_norm(x, weight, bias).to(dtype))
+    check_against_oracle(ours, plain, (x, weight, bias), (dy.to(dtype),))
+
+
+def test_a_dtype_that_the_rows_cannot_have_is_refused():
+    x, vector = torch.zeros(2, 4, dtype=F16), torch.ones(4)
+    for rows, dtype in ((x, F32), (x, BF16), (x.float(), torch.float64), (x.float(), torch.int32)):
+        with pytest.raises(ValueError, match=r"^layer_norm: dtype is torch\.\w+ and x has torch\.\w+; it must be x's"):
+            layer_norm(rows, vector, vector, dtype=dtype)
+    with pytest.raises(ValueError, match=r"residual has dtype torch\.float16, x has torch\.float32; they must match"):
+        add_layer_norm(x.float(), x, vector, vector)
 
 
 def test_a_norm_without_a_bias_is_refused():

@@ -38,6 +38,49 @@ def test_triton_and_torch_give_the_same_step(lane):
     torch.testing.assert_close((loss, gradients), ours[1:], atol=2e-5, rtol=1e-4)
 
 
+@across_lanes(torch.float16, lanes=("interpret", "sm_90", "gpu"))
+@pytest.mark.parametrize("return_logits", [True, False], ids=["logits", "no logits"])
+def test_mixed_precision_goes_through_the_kernels(lane, dtype, return_logits, monkeypatch):
+    """Under autocast, where the H100's first steps of training went to PyTorch: no LayerNorm, GELU or loss does, the
+    parameters' gradients are fp32, and the step is PyTorch's within what two bytes round."""
+    model, tokens = model_and_tokens(lane.device)
+
+    def mixed(name):
+        with torch.autocast(lane.device, dtype):
+            return step(model, tokens, name, return_logits=return_logits)
+
+    expected = mixed("torch")
+    for name in ("layer_norm", "gelu", "cross_entropy"):
+        monkeypatch.setattr(torch.nn.functional, name, None)
+    logits, loss, gradients = mixed("triton")
+    assert loss.dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    if return_logits:
+        assert logits.dtype == dtype
+    torch.testing.assert_close((logits, loss), expected[:2], atol=2e-2, rtol=2e-2)
+    for name, gradient in gradients.items():
+        difference = (gradient - expected[2][name]).norm() / expected[2][name].norm()
+        assert difference < 2e-2, f"{name}: {difference:.1e}"
+
+
+@across_lanes(torch.float16, lanes=("gpu",))
+def test_rows_of_wide_logits_begin_on_cache_lines(lane, dtype):
+    """And the gradients are those of PyTorch's linear, within the two bytes' rounding."""
+    config = GPT2Config(**(SIZES | {"vocab_size": 2001}), **NO_DROPOUT)
+    model, tokens = GPT2(config).to(lane.device, dtype), torch.randint(2001, (2, 9), device=lane.device)
+    hidden = torch.randn(2, 9, SIZES["n_embd"], device=lane.device, dtype=dtype, requires_grad=True)
+    logits = model.lm_head(hidden)
+    assert logits.shape == (2, 9, 2001)
+    assert logits.stride() == (9 * 2048, 2048, 1)
+    expected = torch.nn.functional.linear(hidden, model.lm_head.weight)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    for gradient in (torch.randn_like(logits), torch.randn(2, 9, 2001, device=lane.device, dtype=dtype)):
+        ours = torch.autograd.grad(logits, [hidden, model.lm_head.weight], gradient, retain_graph=True)
+        theirs = torch.autograd.grad(expected, [hidden, model.lm_head.weight], gradient, retain_graph=True)
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-3)
+    assert model(tokens, labels=tokens).loss.isfinite()
+
+
 def test_the_loss_without_logits_is_the_loss_in_plain_pytorch_too():
     model, tokens = model_and_tokens()
     model.transformer.set_attn_implementation("eager")
