@@ -98,6 +98,9 @@ class GenerationMixin:
         each 256 tokens of length, and replay it. The graphs and their cache memory stay with the model until
         release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger
         "model.generation.graph" says why. False: never.
+        decode_kernel: "auto", "fused" or "plain": whether a captured step of at most 16 rows goes by kernels of its own
+        (kernels/decode; a second copy of the layers' matrices stays with the graph) or by those of the forward pass,
+        which gives the ordinary step's bits. "auto": fused where they can; "fused" raises ValueError elsewhere.
         Also typical_p, suppress_tokens, sequence_bias, prefix_allowed_tokens_fn(row, ids), renormalize_logits;
         max_time, in seconds; output_scores, output_logits, output_attentions, output_hidden_states, of each forward
         pass, in a GenerateOutput. inputs: another name of input_ids.
@@ -189,15 +192,22 @@ class GenerationMixin:
     def graphed_steps(self, settings, prompts=None):
         """The replayed decode steps of one call of generate, or None, with the reason logged, where they cannot be."""
         if not settings.cuda_graph:
+            if settings.decode_kernel == "fused":
+                raise ValueError(
+                    "generate: decode_kernel='fused' cannot serve this call: it is for captured steps; "
+                    "cuda_graph=False has none"
+                )
             return None
         if self._graphs is None:
             self._graphs = DecodeGraphs()
         reason = refusal(self, settings, prompts)
         if reason is not None:
+            if settings.decode_kernel == "fused":
+                raise ValueError(f"generate: decode_kernel='fused' cannot serve this call: {reason}")
             self._graphs.tell(reason)
             return None
         keeps_cache = settings.return_dict_in_generate or (prompts is not None and prompts.past is not None)
-        return GraphedSteps(self, self._graphs, keeps_cache)
+        return GraphedSteps(self, self._graphs, keeps_cache, settings.decode_kernel)
 
     def release_graphs(self):
         """Lets go of the captured decode steps and of their memory; generate() captures them anew."""

@@ -3,7 +3,8 @@
 A graph is captured for a number of rows and a capacity of the cache, 256 slots or a multiple. Whatever it reads and
 writes stands at one address: the new ids, the lengths of the rows, the cache's memory, the logits. The lengths are on
 the device and advance there, inside the graph; attention goes over the whole capacity and reads no key beyond a row's
-end. No number of the host enters, so that a replayed step is right at every length.
+end. No number of the host enters, so that a replayed step is right at every length. Where model/generation/fused.py can,
+the step goes by kernels of its own, five a layer.
 
 The graphs of a model are kept from call to call, each with its cache memory; GPT2.release_graphs() gives it back.
 """
@@ -16,6 +17,8 @@ import torch
 
 from model.attention import attention, get_attention
 from model.cache import KVCache, PerRow, grown_capacity, next_places, store
+from model.generation.fused import FusedStep
+from model.generation.fused import refusal as fused_refusal
 
 DEVICES = ("cuda",)
 MAX_GRAPHS = 8  # kept by a model: two batch sizes at GPT-2's four capacities
@@ -82,22 +85,27 @@ def _side_stream(device):
 
 class DecodeStep:
     """The step that is captured: one token for each of B rows. Implements KVCache's interface, so the
-    forward pass is captured unchanged.
+    forward pass is captured unchanged. With `fused` the kernels of kernels/decode take the forward pass's place.
 
     ids [B, 1], lengths [B] int32 and data, as KVCache has it, go in; logits [B, V] fp32 come out; lengths advances.
     """
 
     is_uniform = False  # as far as the host knows
 
-    def __init__(self, model, B, capacity):
+    def __init__(self, model, B, capacity, fused=False):
         config, device = model.config, model.device
         self.batch_size = B
+        self.fused = FusedStep(model, B, capacity) if fused else None
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.lengths = PerRow(B, device)
         self.data = KVCache(config, B, capacity=capacity, device=device, dtype=model.dtype).data
         self.logits = torch.zeros(B, config.vocab_size, dtype=torch.float32, device=device)
 
     def run(self, model):
+        if self.fused is not None:
+            self.fused.run(self.ids, self.lengths.tensor, self.data, self.logits)
+            self.advance(None)
+            return
         x = model.transformer(self.ids, past_key_values=self, return_dict=True).last_hidden_state  # [B, 1, C]
         self.logits.copy_(model.lm_head(x[:, -1]))
 
@@ -122,10 +130,10 @@ class DecodeStep:
 class DecodeGraph:
     """A captured DecodeStep and its memory."""
 
-    def __init__(self, model, B, capacity):
+    def __init__(self, model, B, capacity, fused):
         # Made in inference mode, its tensors could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self.step = DecodeStep(model, B, capacity)
+            self.step = DecodeStep(model, B, capacity, fused)
             self.graph = capture(lambda: self.step.run(model), model.device)
         self.step.lengths.known = None  # the warm-ups have advanced it
 
@@ -164,7 +172,7 @@ class DecodeGraphs:
             self.told.add(reason)
             logger.log(level, "generate: decoding without a CUDA graph: %s", reason)
 
-    def take(self, model, B, capacity):
+    def take(self, model, B, capacity, fused):
         """(key, graph), captured if none is kept; the graph is None if its capture failed, now or before."""
         weights = (
             *_addresses(model),
@@ -172,13 +180,15 @@ class DecodeGraphs:
         )  # the modules too: one without weights may take another's place
         self.kept = {key: graph for key, graph in self.kept.items() if key[0] == weights}
         kernels, name = model.transformer.kernel_implementation, model.transformer.attn_implementation
-        key = (weights, kernels, name, B, capacity)
+        key = (weights, kernels, name, B, capacity, fused)
         graph = self.kept.pop(key, None)
+        if graph is not None and fused:
+            graph.step.fused.refresh()
         if graph is None and key not in self.failed:
             while len(self.kept) >= MAX_GRAPHS:
                 del self.kept[next(iter(self.kept))]
             try:
-                graph = DecodeGraph(model, B, capacity)
+                graph = DecodeGraph(model, B, capacity, fused)
             except Exception as error:
                 self.failed.add(key)
                 self.tell(f"its capture failed: {type(error).__name__}: {error}", logging.WARNING)
@@ -203,8 +213,9 @@ class GraphedSteps:
     memory if keeps_cache, because the caller has it.
     """
 
-    def __init__(self, model, graphs, keeps_cache):
+    def __init__(self, model, graphs, keeps_cache, decode_kernel):
         self.model, self.graphs, self.keeps_cache = model, graphs, keeps_cache
+        self.decode_kernel = decode_kernel
         self.cache = None
         self.key = self.graph = None
         self.has_failed = False
@@ -229,7 +240,7 @@ class GraphedSteps:
         return None if self.has_failed else self.graph(ids, cache)
 
     def _change_to(self, capacity, cache):
-        key, graph = self.graphs.take(self.model, cache.batch_size, capacity)
+        key, graph = self.graphs.take(self.model, cache.batch_size, capacity, self._fuses(cache.batch_size))
         if graph is None:
             self.has_failed = True
             self.detach(cache)
@@ -237,6 +248,15 @@ class GraphedSteps:
         cache.move(graph.data)
         self._give_back()
         self.key, self.graph = key, graph
+
+    def _fuses(self, B):
+        """Whether the step of B rows goes by kernels of its own. ValueError where it was asked for and cannot."""
+        if self.decode_kernel == "plain":
+            return False
+        reason = fused_refusal(self.model, B)
+        if reason is not None and self.decode_kernel == "fused":
+            raise ValueError(f"generate: decode_kernel='fused' cannot serve this call: {reason}")
+        return reason is None
 
     def detach(self, cache):
         """Gives the cache memory of its own."""

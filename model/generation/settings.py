@@ -22,6 +22,7 @@ _WHOLE = (
     "prompt_lookup_num_tokens",
 )
 _NUMBERS = ("max_time", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+DECODE_KERNELS = ("auto", "fused", "plain")
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _FLAGS = (
     "do_sample",
@@ -64,6 +65,7 @@ class Settings:
     sliding_window: bool = False
     use_cache: bool = True
     cuda_graph: bool = True
+    decode_kernel: str = "auto"
     output_scores: bool = False
     output_logits: bool = False
     output_attentions: bool = False
@@ -95,6 +97,7 @@ class Settings:
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens >= 0, "at least 0"),
+            ("decode_kernel", _is_one_of(self.decode_kernel, *DECODE_KERNELS), " or ".join(map(repr, DECODE_KERNELS))),
             ("early_stopping", _is_one_of(self.early_stopping, True, False, "never"), 'True, False or "never"'),
             (
                 "prefix_allowed_tokens_fn",

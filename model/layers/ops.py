@@ -48,7 +48,7 @@ def check_kernels_name(name):
     return name
 
 
-def _use_triton(kernels, x):
+def use_triton(kernels, x):
     if kernels != "auto":
         return kernels == "triton"
     return x.is_cuda and x.dtype in FLOATS and triton_runs_on(x.device)
@@ -64,14 +64,14 @@ def autocast_dtype(x):
 
 def layer_norm(x, norm, kernels):
     """LayerNorm over the last dimension, with the weight, bias and eps of the module `norm`."""
-    if _use_triton(kernels, x):
+    if use_triton(kernels, x):
         return fused_layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=autocast_dtype(x))
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def add_layer_norm(x, residual, norm, kernels, dropout_p):
     """(y, sum) for sum = residual + dropout(x), and y its LayerNorm by the module `norm`."""
-    if _use_triton(kernels, x):
+    if use_triton(kernels, x):
         return fused_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p)
     total = add(x, residual, dropout_p)
     return layer_norm(total, norm, kernels), total
@@ -84,7 +84,7 @@ def add(x, residual, dropout_p):
 
 def linear_activation(x, linear, name, kernels):
     """activation(linear(x)); with triton the tanh GELU takes the bias with it, and other activations are PyTorch's."""
-    if name in TANH_GELU and _use_triton(kernels, x):
+    if name in TANH_GELU and use_triton(kernels, x):
         rows = torch.mm(x.flatten(0, -2), linear.weight)
         return bias_gelu(rows, linear.bias).view(*x.shape[:-1], -1)
     return activation(name)(linear(x))
@@ -97,13 +97,13 @@ def _next_tokens(labels):
 
 def causal_lm_loss(logits, labels, kernels):
     """Mean cross-entropy, in fp32, of logits [B, T, V] at t against labels [B, T] at t + 1; -100 is ignored."""
-    if _use_triton(kernels, logits):
+    if use_triton(kernels, logits):
         return cross_entropy(logits.flatten(0, 1), _next_tokens(labels), ignore_index=-100)
     return F.cross_entropy(logits.float().flatten(0, 1), _next_tokens(labels), ignore_index=-100)
 
 
 def causal_lm_head_loss(x, weight, labels, kernels):
     """causal_lm_loss of the logits x weight^T for x [B, T, C], without ever holding all logits."""
-    implementation = "triton" if _use_triton(kernels, x) else "torch"
+    implementation = "triton" if use_triton(kernels, x) else "torch"
     x = x.to(autocast_dtype(x) or x.dtype)
     return linear_cross_entropy(x.flatten(0, 1), weight, _next_tokens(labels), implementation=implementation)

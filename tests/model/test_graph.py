@@ -18,6 +18,7 @@ from peers import TALKATIVE, spread, tiny_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.simulator import simulate
 from model import GPT2
 from model import cache as cache_module
 from model.attention import attention, register_attention, registry
@@ -57,6 +58,14 @@ class Recording(TorchDispatchMode):
 
 def _tensors(outputs):
     return [x for x in (outputs if isinstance(outputs, list | tuple) else [outputs]) if isinstance(x, torch.Tensor)]
+
+
+class Again:
+    """A CUDA graph's stand-in for launches that are no operations of torch's: the step itself, once more."""
+
+    def __init__(self, step, device):
+        step()
+        self.replay = step
 
 
 class Captures(list):
@@ -104,7 +113,9 @@ def say(model, prompts, *, max_new_tokens=12, **options):
 
 def assert_says_the_same(model, prompts, *, exactly=False, **options):
     """With graphs as without: the tokens, and the scores that they were chosen by."""
-    graphed, plain = (say(model, prompts, cuda_graph=on, **options) for on in (True, False))
+    options = {"decode_kernel": "plain"} | options if exactly else options
+    graphed = say(model, prompts, **options)
+    plain = say(model, prompts, **(options | {"cuda_graph": False, "decode_kernel": "plain"}))
     assert torch.equal(graphed.sequences, plain.sequences)
     assert graphed.forward_passes == plain.forward_passes
     for ours, theirs in zip(graphed.scores, plain.scores, strict=True):
@@ -153,6 +164,33 @@ class TestTheStep:
         model = spread(model, TALKATIVE).eval().to(lane.device)
         assert_says_the_same(model, PROMPTS, exactly=True, max_new_tokens=5)
         assert len(model._graphs.kept) == 2
+
+    @across_lanes(lanes=("sm_80", "sm_90", "gpu"))
+    def test_by_kernels_of_its_own(self, lane, monkeypatch):
+        """The tokens of the ordinary step, ragged, over two capacities, in five launches a layer and one."""
+        if lane.device == "cpu":
+            monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+            monkeypatch.setattr(graph_module, "capture", Again)
+        model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton")
+        model = spread(model, TALKATIVE).eval().to(lane.device)
+        assert_says_the_same(model, PROMPTS, max_new_tokens=5)
+        assert [graph.step.fused is not None for graph in model._graphs.kept.values()] == [True, True]
+
+    @across_lanes(lanes=("sm_90", "gpu"))
+    def test_kernels_of_its_own_see_weights_that_changed_in_place(self, lane, monkeypatch):
+        """The matrices are packed, but anew for each call."""
+        if lane.device == "cpu":
+            monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+            monkeypatch.setattr(graph_module, "capture", Again)
+        model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton")
+        model = spread(model, TALKATIVE).eval().to(lane.device)
+        before = say(model, UNIFORM, max_new_tokens=4)
+        (kept,) = model._graphs.kept.values()
+        for parameter in model.transformer.h.parameters():
+            parameter.data.mul_(-1.5)
+        after = assert_says_the_same(model, UNIFORM, max_new_tokens=4)
+        assert not torch.equal(after.scores[-1], before.scores[-1])
+        assert list(model._graphs.kept.values()) == [kept]
 
     def test_reads_nothing_beyond_a_rows_end_and_writes_one_slot(self, model):
         with torch.no_grad():
@@ -475,6 +513,41 @@ class TestFallingBack:
         with torch.no_grad():
             model(out.sequences[:, -1:], past_key_values=cache)
         assert cache.lengths == [len(prompt) + 24 for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (lambda model: model.set_attn_implementation("sdpa"), {}, "attention backend 'sdpa' was chosen"),
+        (lambda model: model.set_kernel_implementation("torch"), {}, "PyTorch's operations were chosen"),
+        (
+            lambda model: None,
+            {"num_return_sequences": 17, "do_sample": True},
+            "there are 17 rows; at most 16 are served",
+        ),
+        (lambda model: None, {"cuda_graph": False}, "it is for captured steps; cuda_graph=False has none"),
+        (lambda model: None, {"num_beams": 2}, "beam search reorders the cache at each step"),
+        (
+            lambda model: setattr(model.transformer.h[0].mlp, "act", torch.nn.ReLU()),
+            {},
+            "a layer was replaced, or something observes it",
+        ),
+    ],
+    ids=["attention", "kernels", "rows", "no graph", "beams", "replaced"],
+)
+def test_kernels_of_its_own_that_cannot_serve_are_refused_by_name(monkeypatch, change, options, reason):
+    monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graph_module, "capture", Again)
+    model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton").eval()
+    change(model)
+    with simulate("sm_90"), pytest.raises(ValueError, match=rf"decode_kernel='fused' cannot serve this call: {reason}"):
+        say(model, [[1, 2]], decode_kernel="fused", **options)
+
+
+@pytest.mark.parametrize("value", ["persistent", 1, True, torch.ones(1)], ids=str)
+def test_an_unknown_kernel_is_refused(model, value):
+    with pytest.raises(ValueError, match=r"decode_kernel is .*; it must be 'auto' or 'fused' or 'plain'"):
+        say(model, UNIFORM, decode_kernel=value)
 
 
 def test_a_graph_is_asked_for_by_name(captures, model):

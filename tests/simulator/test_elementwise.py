@@ -107,6 +107,33 @@ def test_integer_64(instruction, kind, formula):
     run_integers(instruction, sources, kind, formula, ["s64" if kind == "s64" else "u64"] * len(sources))
 
 
+WITH_TWO = [case for case in (*INTEGER, *INTEGER_64) if "{b}" in case[0] and "{c}" not in case[0]]
+
+
+@pytest.mark.parametrize("literal", [7, -3, 2**31 - 1], ids=str)
+@pytest.mark.parametrize(("instruction", "kind", "formula"), WITH_TWO, ids=[case[0] for case in WITH_TWO])
+def test_a_literal_may_be_an_operand(instruction, kind, formula, literal):
+    """As a divisor that the compiler has turned into a product is (mul.hi.s64 by a literal was refused once)."""
+    kind = kind.replace("b", "u")
+    bits = bits_of(kind)
+    literal = signed(literal & ((1 << bits) - 1), bits) if kind[0] == "s" else literal & ((1 << (bits - 1)) - 1)
+    source = U64 if bits == 64 else U32
+    instruction = instruction.replace("{b}", str(literal))
+    run_integers(instruction, [source], kind, lambda a: formula(a, literal), [kind])
+
+
+@pytest.mark.parametrize("kind", ["s16", "u16"])
+@pytest.mark.parametrize("operand", ["{b}", "-23", "23"])
+def test_the_upper_half_of_a_product_of_16_bits(kind, operand):
+    """Of a division by a literal, such as a column's head: columns // 100."""
+    if kind == "u16" and operand == "-23":
+        operand = "43691"
+    sources = [(U32 & 0xFFFF).astype(np.uint16), (V32 & 0xFFFF).astype(np.uint16)][: 2 if operand == "{b}" else 1]
+    literal = None if operand == "{b}" else int(operand)
+    instruction = f"mul.hi.{kind} {{d}}, {{a}}, {operand}"
+    run_integers(instruction, sources, kind, lambda a, b=literal: (a * b) >> 16, [kind] * len(sources))
+
+
 @pytest.mark.parametrize("kind", ["s32", "u32"])
 def test_wide_products(kind):
     run_integers(f"mul.wide.{kind} {{d}}, {{a}}, {{b}}", [U32, V32], kind[0] + "64", lambda a, b: a * b, [kind] * 2)

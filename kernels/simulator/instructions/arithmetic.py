@@ -72,9 +72,9 @@ _WIDE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 def _high(kind):
     """The upper half of the product."""
-    if kind in ("s32", "u32"):
-        wide = TYPES[_WIDE[kind]]
-        return lambda a, b: (np.multiply(a, b, dtype=wide) >> wide.type(32)).astype(TYPES[kind])
+    if kind in _WIDE:
+        wide, bits = TYPES[_WIDE[kind]], 8 * TYPES[kind].itemsize
+        return lambda a, b: (np.multiply(a, b, dtype=wide) >> wide.type(bits)).astype(TYPES[kind])
     mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
 
     def high_u64(a, b):

@@ -1,0 +1,148 @@
+"""kernels/decode: a step is the model's forward pass of one token, in every lane, whatever the batch and the cache."""
+
+import copy
+
+import pytest
+import torch
+from lanes import across_lanes
+from numerics import assert_close
+
+from kernels.decode import MAX_ROWS, DecodeBuffers, decode_step
+from kernels.decode.step import BK, SPLIT
+from kernels.simulator import simulate
+from model import GPT2, GPT2Config
+from model.cache import KVCache
+from model.generation.fused import FusedStep
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+CAPACITY = 2 * SPLIT
+V = 131
+
+
+def build(dtype, device, n_layer=2, n_embd=96, n_head=2, **fields):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=3 * SPLIT, vocab_size=V, bos_token_id=0, **fields
+    )
+    model = GPT2(config, attn_implementation="eager", kernel_implementation="torch").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(device, dtype)
+
+
+def held_cache(model, lengths, capacity=CAPACITY):
+    """Random keys and values; NaN where a row holds none."""
+    config, B = model.config, len(lengths)
+    data = torch.full((config.n_layer, 2, B, config.n_head, capacity, config.head_dim), torch.nan)
+    for b, length in enumerate(lengths):
+        torch.manual_seed(100 + length)  # a row's contents depend on its length alone
+        data[:, :, b, :, :length] = torch.randn(config.n_layer, 2, config.n_head, length, config.head_dim)
+    return data.to(model.device, model.dtype)
+
+
+def by_kernels(model, ids, data, lengths):
+    B, device = len(lengths), model.device
+    step = FusedStep(model, B, data.shape[4])
+    logits = torch.full((B, model.config.vocab_size), torch.nan, device=device)
+    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    step.run(torch.tensor(ids, device=device)[:, None], counts, data, logits)
+    assert counts.tolist() == lengths
+    return logits
+
+
+@torch.no_grad()
+def by_model(model, ids, data, lengths):
+    """Logits, keys and values by the model's forward pass, in the dtype of the model."""
+    cache = KVCache(model.config, len(lengths), capacity=data.shape[4], device=model.device, dtype=model.dtype)
+    cache.data.copy_(data.nan_to_num(0.0))
+    cache.lengths = list(lengths)
+    logits = model(torch.tensor(ids, device=model.device)[:, None], past_key_values=cache).logits[:, 0]
+    return logits, cache.data
+
+
+def new_slots(data, lengths):
+    """Keys and values of the new token, [B, n_layer, 2, H, D]."""
+    return torch.stack([data[:, :, b, :, length] for b, length in enumerate(lengths)])
+
+
+@across_lanes(F32, F16, BF16, lanes=("sm_80", "sm_90", "gpu"))
+def test_logits_keys_and_values_are_those_of_the_forward_pass(lane, dtype):
+    """At lengths on both sides of a split, and in an empty cache."""
+    lengths, ids = [SPLIT + 6, 0, SPLIT - 1, SPLIT], [3, 77, 130, 9]
+    model = build(dtype, lane.device)
+    data = held_cache(model, lengths)
+    before = data.clone()
+    baseline = by_model(model, ids, data, lengths)
+    oracle = by_model(copy.deepcopy(model).double(), ids, data.double(), lengths)
+    logits = by_kernels(model, ids, data, lengths)
+    assert_close(logits.to(dtype), baseline[0], oracle[0])
+    assert_close(*(new_slots(x, lengths) for x in (data, baseline[1], oracle[1])))
+    for b, length in enumerate(lengths):
+        data[:, :, b, :, length] = before[:, :, b, :, length]
+    assert torch.equal(data.nan_to_num(7.0), before.nan_to_num(7.0))  # nothing else was written
+
+
+@across_lanes(F16, lanes=("sm_90", "gpu"))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_embd": BK + 44, "n_head": 3, "n_layer": 1},
+        {"n_inner": 36, "activation_function": "gelu_pytorch_tanh"},
+        {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
+        {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+    ],
+    ids=lambda fields: "+".join(fields),
+)
+def test_widths_scales_and_weights_of_any_kind(lane, dtype, fields):
+    model, lengths, ids = build(dtype, lane.device, **fields), [5], [3]
+    data = held_cache(model, lengths)
+    baseline = by_model(model, ids, data, lengths)[0]
+    oracle = by_model(copy.deepcopy(model).double(), ids, data.double(), lengths)[0]
+    assert_close(by_kernels(model, ids, data, lengths).to(dtype), baseline, oracle)
+
+
+@across_lanes(F16, lanes=("sm_90", "gpu"))
+def test_a_row_depends_on_neither_the_batch_nor_the_capacity(lane, dtype):
+    model = build(dtype, lane.device, n_layer=1)
+    lengths = [SPLIT + 1, 7, 20]
+    together = by_kernels(model, [1, 2, 3], held_cache(model, lengths), lengths)
+    alone = by_kernels(model, [2], held_cache(model, lengths[1:2], 3 * SPLIT), lengths[1:2])
+    assert torch.equal(together[1:2], alone)
+    full = by_kernels(model, [2] * MAX_ROWS, held_cache(model, [7] * MAX_ROWS), [7] * MAX_ROWS)
+    assert torch.equal(full, alone.expand_as(full))
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_order_of_warps_changes_a_bit(seed):
+    model = build(F16, "cpu", n_layer=1)
+    results = []
+    for options in ({}, {"seed": seed}):
+        data = held_cache(model, [SPLIT + 1, 7])
+        with simulate("sm_90", **options):
+            results.append(by_kernels(model, [1, 2], data, [SPLIT + 1, 7]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.simulate
+def test_five_launches_a_layer_read_each_weight_once():
+    """Simulated, at a width of GPT-2's kind: bytes over the least possible, weights and keys and values once."""
+    C, layers, length = 256, 2, SPLIT - 1
+    model = build(F16, "cpu", n_layer=layers, n_embd=C, n_head=4)
+    data = held_cache(model, [length], SPLIT)
+    with simulate("sm_90") as gpu:
+        by_kernels(model, [3], data, [length])
+    names = [launch.kernel.removeprefix("_decode_").removesuffix("_kernel") for launch in gpu.launches]
+    assert names == ["qkv", "attention", "out", "fc", "proj"] * layers + ["fc"]
+    weights = 2 * (layers * 12 * C * C + V * C)
+    keys = 2 * layers * 2 * C * (length + 1)
+    counters = [launch.counters for launch in gpu.launches]
+    moved = sum(counter.global_read + counter.global_written for counter in counters)
+    assert moved < 1.9 * (weights + keys)  # each warp reads the row and the norm for itself, from L1 but for the first
+
+
+def test_what_the_buffers_hold():
+    buffers = DecodeBuffers.make(2, 96, 2, 384, 2 * SPLIT + 1, F16, "cpu")
+    assert buffers.h.shape == (2, 384)
+    assert buffers.part.shape == (2, 2, 3, 64)
+    assert callable(decode_step)
