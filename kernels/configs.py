@@ -126,13 +126,17 @@ def attention_config(direction, dtype, head_dim, T=None, dropout=False):
 
 @dataclass(frozen=True)
 class RowConfig:
-    """BLOCK_M rows a program, each as COLUMN_TILES tiles of BLOCK_N columns; SUMS: with sums over rows beside them."""
+    """BLOCK_M rows at a time, each as COLUMN_TILES tiles of BLOCK_N columns.
+
+    Of the backward pass: SUMS, with sums over rows beside them; STAGES, how many BLOCK_M rows are loaded ahead, and 1.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     COLUMN_TILES: int
     num_warps: int
     SUMS: bool = True
+    STAGES: int = 1
 
 
 # Elements that a program of 8 warps keeps at once, and how wide a row may be where a tile's row is one warp's 256

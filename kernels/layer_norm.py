@@ -157,6 +157,7 @@ def _layer_norm_backward_kernel(
     BLOCK_N: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     weight = ()
@@ -168,7 +169,7 @@ def _layer_norm_backward_kernel(
             dweight += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
             dbias += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
 
-    for m in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+    for m in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
         rest = tl.load(mean_ptr + M + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
@@ -272,7 +273,7 @@ def _forward_plan(M, N, stride_x, stride_residual, eps, dropout_p):
 def _backward_plan(M, N, stride_dy, stride_dtotal, stride_x, dropout_p):
     config = row_config("backward", N)
     numbers = (stride_dy, stride_dtotal, stride_x, M, *dropout_numbers(dropout_p))
-    return (_programs(M, N),), numbers, {**_constants(config, N), "SUMS": config.SUMS}, {}
+    return (_programs(M, N),), numbers, {**_constants(config, N), "SUMS": config.SUMS, "STAGES": config.STAGES}, {}
 
 
 def _weight_gradients_plan(M, N, stride_dy, stride_x):

@@ -3,8 +3,8 @@
 A graph is captured for a number of rows and a capacity of the cache, 256 slots or a multiple. Whatever it reads and
 writes stands at one address: the new ids, the lengths of the rows, the cache's memory, the logits. The lengths are on
 the device and advance there, inside the graph; attention goes over the whole capacity and reads no key beyond a row's
-end. No number of the host enters, so that a replayed step is right at every length. Where model/generation/fused.py can,
-the step goes by kernels of its own, five a layer.
+end. No number of the host enters, so that a replayed step is right at every length. Where model/generation/fused.py
+can, the step goes by kernels of its own, five a layer.
 
 The graphs of a model are kept from call to call, each with its cache memory; GPT2.release_graphs() gives it back.
 """
