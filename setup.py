@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.10",
     cmdclass={"bdist_wheel": NoWheel, "install": NoInstall},
     packages=find_packages(include=["kernels*", "model*", "tokenizer*", "bench*"]),
-    package_data={"tokenizer": ["vocab.bpe", "LICENSE*"], "kernels": ["**/*.md"]},
+    package_data={"tokenizer": ["vocab.bpe", "LICENSE*"], "kernels": ["**/*.md"], "model": ["write/page.html"]},
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
