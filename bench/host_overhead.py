@@ -105,7 +105,9 @@ def model_calls(layers, mode):
 
 def model_call(provider, name, ours, mode):
     if mode == "training":
-        return provider.training(B, T)
+        step = provider.training(B, T)
+        ours.set_kernel_implementation("triton")  # "auto", as the provider has it, is PyTorch's on a CPU
+        return step
     model = provider.model.eval()
     if model is ours:
         model.set_attn_implementation(name)

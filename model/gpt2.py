@@ -27,12 +27,20 @@ from model.inputs import (
     new_tokens,
     padding_bounds,
 )
+from model.layers.block import Blocks, Numbers
 from model.layers.cross_attention import CrossAttention, encoder_of
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
 from model.layers.norm import LayerNorm, add_norm
-from model.layers.observed import is_plain
-from model.layers.ops import activation, causal_lm_head_loss, causal_lm_loss, check_kernels_name, linear_activation
+from model.layers.observed import is_plain, is_unobserved
+from model.layers.ops import (
+    TANH_GELU,
+    activation,
+    causal_lm_head_loss,
+    causal_lm_loss,
+    check_kernels_name,
+    linear_activation,
+)
 from model.nanogpt import NanoGPTNames
 from model.outputs import BaseModelOutput, CausalLMOutput
 
@@ -161,6 +169,31 @@ class Block(nn.Module):
             y, x = add_norm(mlp(y), x, next_norm, 0.0)
         return x, y, weights
 
+    def operands(self, next_norm):
+        """(weights, numbers, kernels) for Blocks; None where a part is observed, or something stands in its place."""
+        parts = self._modules
+        attn, mlp, ln_2 = parts.get("attn"), parts.get("mlp"), parts.get("ln_2")
+        if not (is_unobserved(attn, Attention) and is_unobserved(mlp, MLP)):
+            return None
+        of_attn, of_mlp = attn._modules, mlp._modules
+        dropouts = of_attn.get("attn_dropout"), of_attn.get("resid_dropout"), of_mlp.get("dropout")
+        linears = of_attn.get("c_attn"), of_attn.get("c_proj"), of_mlp.get("c_fc"), of_mlp.get("c_proj")
+        act = of_mlp.get("act")
+        for kind, modules in ((nn.Dropout, dropouts), (Conv1D, linears), (LayerNorm, (ln_2, next_norm))):
+            for module in modules:
+                if not is_unobserved(module, kind):
+                    return None
+        rates = [active_p(dropout) for dropout in dropouts]
+        if not is_unobserved(act, Activation) or act.name not in TANH_GELU or any(type(p) is not float for p in rates):
+            return None
+        weights = []
+        for module in (*linears[:2], ln_2, *linears[2:], next_norm):
+            parameters = module._parameters
+            weights += (parameters.get("weight"), parameters.get("bias"))
+        numbers = Numbers(attn.num_heads, float(attn.scale), *rates, float(ln_2.eps), float(next_norm.eps))
+        kernels = ln_2.kernel_implementation, mlp.kernel_implementation, next_norm.kernel_implementation
+        return weights, numbers, kernels
+
 
 class GPT2Model(PretrainedModel):
     """The transformer without a head.
@@ -259,13 +292,19 @@ class GPT2Model(PretrainedModel):
                 "output_attentions": output_attentions,
                 "encoder": encoder,
             }
+            head_dim, plain = config.head_dim, output_attentions or encoder is not None or cache is not None
+            whole = Blocks.of(x, head_dim, self.attn_implementation, padding, plain=plain)
             blocks, y = list(self.h), None  # y: the next norm of x, where the block before has computed it
             for block, after in zip(blocks, [*blocks[1:], None]):
                 hidden_states.append(x)
                 if is_plain(block, Block):
                     next_norm = self.ln_f if after is None else after.ln_1 if is_plain(after, Block) else None
-                    run = partial(block.fused, **context)
-                    arguments = (x, block.ln_1(x) if y is None else y, next_norm)
+                    y = block.ln_1(x) if y is None else y
+                    operands = None if whole is None else block.operands(next_norm)
+                    if operands is not None and whole.serves(x, y, *operands):
+                        run, arguments = whole, (x, y, *operands)
+                    else:
+                        run, arguments = partial(block.fused, **context), (x, y, next_norm)
                     x, y, weights = (
                         run(*arguments) if checkpointing is None else checkpoint(run, *arguments, **checkpointing)
                     )
