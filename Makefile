@@ -1,11 +1,11 @@
-# make sweep | make test | make train | make lint | make gpu | make rehearse | make pins: each creates .venv on first use and needs nothing before it.
+# make sweep | make test | make train | make lint | make gpu | make rehearse | make notebooks | make pins: each creates .venv on first use and needs nothing before it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: sweep test train lint gpu rehearse pins clean
+.PHONY: sweep test train lint gpu rehearse notebooks pins clean
 
 sweep: $(INSTALLED)
 	$(BIN)/python bench/attention_sweep.py $(ARGS)
@@ -30,6 +30,10 @@ rehearse: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Runs the notebooks and stores what they print and draw, as their tests require.
+notebooks: $(INSTALLED)
+	$(BIN)/python tests/notebooks.py $(ARGS)
 
 # The newest versions of all but torch and triton, in an environment of their own: run the tests before committing them.
 pins:

@@ -58,6 +58,7 @@ setup(
             "liger-kernel>=0.6",
         ],
         "h5": ["h5py>=3.10"],  # python -m model.convert reads tf_model.h5 by it
+        "jupyter": ["jupyterlab>=4", "ipykernel>=6.29"],  # pip install -e '.[jupyter]'; jupyter lab notebooks
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
     },
 )
