@@ -52,6 +52,7 @@ SDPA_KERNELS = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
+KERNELS = {"triton": "portable", "triton-hopper": "hopper"}  # our backends, and flash_attention's name for the kernel
 # How torch says that the one SDPA kernel which it may use cannot serve a request.
 SDPA_REFUSALS = ("No available kernel", "No viable backend", "no kernel found", "cuDNN Frontend error", "mha_graph")
 
@@ -92,8 +93,8 @@ def run(name, q, k, v, options):
 
 def run_packed(name, qkv, num_heads, options):
     """y [B, T, C] of the fused projection qkv [B, T, 3C], with every copy that the backend needs on the way."""
-    if name == "triton":
-        return flash_attention_packed(qkv, num_heads, **options)
+    if name in KERNELS:
+        return flash_attention_packed(qkv, num_heads, kernel=KERNELS[name], **options)
     return run(name, *split_heads(qkv, num_heads), options).transpose(1, 2).flatten(2)
 
 
@@ -126,8 +127,11 @@ def _packed_call(mode, name, inputs, options):
 def refusal(name, device, dtype, head_dim, **needs):
     """Why the backend cannot serve such tensors, in the registry's words, or None. needs: as Case.needs gives them."""
     request = {"device": device, "dtype": DTYPES[dtype], "head_dim": head_dim}
-    reason = get_attention("sdpa" if name in SDPA_KERNELS else name).refusal(**request, **needs)
+    backend = get_attention("sdpa" if name in SDPA_KERNELS else name)
+    reason = backend.refusal(**request, **needs)
     on_gpu = torch.device(device).type == "cuda"
+    if reason is None and name == "triton-hopper" and not backend.runs_on(torch.device(device)):
+        return "this device (a GPU of compute capability 9.0 is required)"
     if reason is None and name == "triton" and on_gpu and get_attention("auto", **request).name != "triton":
         return "this GPU (compute capability 8.0 or newer is required)"
     return reason
@@ -292,7 +296,7 @@ def ahead(argv):
         options = case.options(args.device) | {"dropout_p": case.dropout_p}
         for mode in modes_of(case.scenario, args.mode):
             for name in args.backends:
-                if name in ("triton", "flex"):
+                if name in (*KERNELS, "flex"):
                     kind = f"D = {case.D}, {case.padding} padding, dropout {case.dropout_p}, {case.T} queries"
                     kind = kind if case.scenario == "decode" else kind.rpartition(",")[0]
                     label = f"{case.scenario}, {mode}, {name}, {case.dtype}, {kind}"

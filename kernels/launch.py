@@ -47,8 +47,9 @@ class Launcher:
     """Launches a @triton.jit kernel: launcher(tensors, *key), tensors being its pointers in their order, some None.
 
     plan(*key) gives (grid, numbers, options, offsets): the grid; the arguments behind the pointers; the constexprs and
-    the compiler's options by name; {index of a pointer: offset in elements along its tensor's last axis}. key holds
-    hashable values, each of one type at its place (1, 1.0 and True are equal as keys, but not for Triton).
+    the compiler's options by name; {index of a pointer: offset in elements along its tensor's last axis}. A fifth value
+    may follow, {index of a pointer: what makes of a tensor, or of a Place, the descriptor that the kernel takes there}.
+    key holds hashable values, each of one type at its place (1, 1.0 and True are equal as keys, but not for Triton).
     """
 
     def __init__(self, kernel, plan):
@@ -80,18 +81,24 @@ class Launcher:
         launch = self.known.get(full_key)
         if launch is None:
             return self._through_triton(tensors, key, full_key)
-        run, function, metadata, x, y, z, byte_offsets, rest, offsets = launch
+        run, function, metadata, x, y, z, byte_offsets, rest, offsets, descriptors = launch
         if offsets is not None:
             pointers = _views(tensors, offsets)
         else:
             for i, offset in byte_offsets:
                 pointers[i] += offset
+        for i, describe in descriptors:
+            pointers[i] = describe(pointers[i] if offsets is not None else Place(pointers[i]))
         run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *pointers, *rest)
 
     def _through_triton(self, tensors, key, full_key):
         """What it launches is remembered under full_key, unless that is None."""
-        grid, numbers, options, offsets = self.plan(*key)
-        compiled = self.kernel[grid](*_views(tensors, offsets), *numbers, **options)
+        grid, numbers, options, offsets, *descriptors = self.plan(*key)
+        descriptors = tuple(descriptors[0].items()) if descriptors else ()
+        pointers = _views(tensors, offsets)
+        for i, describe in descriptors:
+            pointers[i] = describe(pointers[i])
+        compiled = self.kernel[grid](*pointers, *numbers, **options)
         if full_key is None or not isinstance(compiled, CompiledKernel):
             return
         if len(self.known) >= MOST:
@@ -106,7 +113,20 @@ class Launcher:
             (*numbers, *(options[name] for name in names)),
             # The simulator takes tensors, whose bounds it checks; a GPU takes addresses.
             offsets if getattr(driver.active, "takes_tensors", False) else None,
+            descriptors,
         )
+
+
+class Place:
+    """An address where a descriptor wants a tensor."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address):
+        self.address = address
+
+    def data_ptr(self):
+        return self.address
 
 
 def _views(tensors, offsets):

@@ -1,8 +1,9 @@
 """flash_attention and flash_attention_packed: validation, torch.library ops, autograd.
 
-Five ops are registered under torch.ops.gpt2: attention_forward and attention_backward for separate q, k, v;
-attention_decode for a few queries against a cache; packed_attention_forward and packed_attention_backward, which read
-the fused projection [B, T, 3C] in place and write its gradient as one tensor of that shape, with the same kernels.
+Ops registered under torch.ops.gpt2: attention_forward and attention_backward for separate q, k, v; attention_decode
+for a few queries against a cache; packed_attention_forward and packed_attention_backward, which read the fused
+projection [B, T, 3C] in place and write its gradient as one tensor of that shape, with the same kernels; and
+attention_forward_hopper and packed_attention_forward_hopper, which hopper.py computes.
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.attention import hopper
 from kernels.attention.backward import _launch_attention_backward, _launch_packed_backward
 from kernels.attention.decode import MAX_QUERIES, _launch_attention_decode
 from kernels.attention.forward import _launch_attention_forward, _launch_packed_forward
@@ -32,6 +34,7 @@ from kernels.library import LN2, define_op, needs_graph
 from kernels.rows import unit_stride
 
 MAX_HEAD_DIM = 256
+KERNELS = ("portable", "hopper")
 
 
 class Options(NamedTuple):
@@ -66,6 +69,11 @@ def _forward(q, k, v, *options):
     return _launch_attention_forward(q, k, v, _options(*options))
 
 
+def _forward_hopper(q, k, v, *options):
+    check_device("flash_attention", q, "q")
+    return hopper._launch_hopper_forward(q, k, v, _options(*options))
+
+
 def _forward_fake(q, k, v, *options):
     B, H, T_q, D = q.shape
     return q.new_empty(B, T_q, H, D).transpose(1, 2), q.new_empty(B, H, T_q, dtype=torch.float32)
@@ -91,6 +99,11 @@ def _packed_forward(qkv, num_heads, *options):
     return _launch_packed_forward(qkv, num_heads, _options(*options))
 
 
+def _packed_forward_hopper(qkv, num_heads, *options):
+    check_device("flash_attention_packed", qkv, "qkv")
+    return hopper._launch_packed_hopper(qkv, num_heads, _options(*options))
+
+
 def _packed_forward_fake(qkv, num_heads, *options):
     B, T, three_C = qkv.shape
     return qkv.new_empty(B, T, three_C // 3), qkv.new_empty(B, num_heads, T, dtype=torch.float32)
@@ -107,6 +120,11 @@ def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
 attention_forward = define_op(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake
 )
+attention_forward_hopper = define_op(
+    f"attention_forward_hopper(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)",
+    _forward_hopper,
+    _forward_fake,
+)
 attention_decode = define_op(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? kv_start, Tensor? kv_end, Tensor? q_start, float scale,"
     " bool causal) -> (Tensor, Tensor)",
@@ -122,6 +140,11 @@ attention_backward = define_op(
 packed_attention_forward = define_op(
     f"packed_attention_forward(Tensor qkv, int num_heads, {_SCHEMA}) -> (Tensor, Tensor)",
     _packed_forward,
+    _packed_forward_fake,
+)
+packed_attention_forward_hopper = define_op(
+    f"packed_attention_forward_hopper(Tensor qkv, int num_heads, {_SCHEMA}) -> (Tensor, Tensor)",
+    _packed_forward_hopper,
     _packed_forward_fake,
 )
 packed_attention_backward = define_op(
@@ -145,8 +168,8 @@ def _saved(ctx):
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, *options):
-        o, lse = attention_forward(q, k, v, *options)
+    def forward(ctx, op, q, k, v, *options):
+        o, lse = op(q, k, v, *options)
         _save(ctx, (q, k, v, o, lse), Options(*options))
         ctx.mark_non_differentiable(lse)
         return o, lse
@@ -155,13 +178,13 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         refuse_second_derivative("flash_attention")
         tensors, options = _saved(ctx)
-        return *attention_backward(unit_stride(do), *tensors, *options), *[None] * len(options)
+        return None, *attention_backward(unit_stride(do), *tensors, *options), *[None] * len(options)
 
 
 class _FlashAttentionPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, num_heads, *options):
-        o, lse = packed_attention_forward(qkv, num_heads, *options)
+    def forward(ctx, op, qkv, num_heads, *options):
+        o, lse = op(qkv, num_heads, *options)
         _save(ctx, (qkv, o, lse), Options(*options))
         ctx.num_heads = num_heads
         return o
@@ -171,7 +194,7 @@ class _FlashAttentionPacked(torch.autograd.Function):
         refuse_second_derivative("flash_attention_packed")
         tensors, options = _saved(ctx)
         dqkv = packed_attention_backward(unit_stride(do), *tensors, ctx.num_heads, *options)
-        return dqkv, None, *[None] * len(options)
+        return None, dqkv, None, *[None] * len(options)
 
 
 def _check_shared(function, tensor, B, D, scale, *bounds):
@@ -227,6 +250,13 @@ def _check_packed(tensors, num_heads, scale):
     return _check_shared(function, qkv, qkv.shape[0], qkv.shape[2] // (3 * num_heads), scale, *bounds)
 
 
+def _check_kernel(function, kernel):
+    if not isinstance(kernel, str):
+        raise TypeError(f"{function}: kernel is {kernel!r}; it must be a string: {' or '.join(KERNELS)}")
+    if kernel not in KERNELS:
+        raise ValueError(f"{function}: kernel is {kernel!r}; it must be {' or '.join(KERNELS)}")
+
+
 def flash_attention(
     q,
     k,
@@ -240,6 +270,7 @@ def flash_attention(
     dropout_p=0.0,
     dropout_seed=None,
     return_lse=False,
+    kernel="portable",
 ):
     """softmax(scale q k^T + mask) v by the Triton kernels, differentiable once. FlashAttention-2 (Dao, 2023).
 
@@ -251,6 +282,8 @@ def flash_attention(
     q_start: int32 [B], the position among the keys at which each row's first query stands.
     dropout_p: probability that dropout zeroes a weight, in [0, 1), rounded to a multiple of 1 / 65536.
     dropout_seed: int64 [1] on the inputs' device; drawn from torch's generator there unless given.
+    kernel: the forward kernel, "portable" or "hopper" (hopper.py): that needs compute capability 9.0, fp16 or bf16, a D
+        of 64 or 128, no padding, no dropout, and tensors and strides at multiples of 16 bytes.
 
     Up to 16 queries against more keys, where no gradient is asked for, go through the split-KV kernels of decode.py.
 
@@ -263,20 +296,31 @@ def flash_attention(
     refuse_transforms("flash_attention")
     check_flag("flash_attention", causal, "causal")
     check_flag("flash_attention", return_lse, "return_lse")
+    _check_kernel("flash_attention", kernel)
     scale = _check((q, k, v, kv_start, kv_end, q_start), scale)
     seed = check_dropout("flash_attention", q, dropout_p, dropout_seed)
     options = Options(kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p))
+    forward = attention_forward if kernel == "portable" else attention_forward_hopper
     if needs_graph(q, k, v):
-        o, lse = _FlashAttention.apply(q, k, v, *options)
+        o, lse = _FlashAttention.apply(forward, q, k, v, *options)
     elif seed is None and q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2]:
         o, lse = attention_decode(q, k, v, kv_start, kv_end, q_start, scale, options.causal)
     else:
-        o, lse = attention_forward(q, k, v, *options)
+        o, lse = forward(q, k, v, *options)
     return (o, lse * LN2) if return_lse else o
 
 
 def flash_attention_packed(
-    qkv, num_heads, *, causal=True, scale=None, kv_start=None, kv_end=None, dropout_p=0.0, dropout_seed=None
+    qkv,
+    num_heads,
+    *,
+    causal=True,
+    scale=None,
+    kv_start=None,
+    kv_end=None,
+    dropout_p=0.0,
+    dropout_seed=None,
+    kernel="portable",
 ):
     """Self-attention straight from the fused projection: qkv [B, T, 3C] to [B, T, C], with nothing copied on the way.
 
@@ -285,9 +329,11 @@ def flash_attention_packed(
     """
     refuse_transforms("flash_attention_packed")
     check_flag("flash_attention_packed", causal, "causal")
+    _check_kernel("flash_attention_packed", kernel)
     scale = _check_packed((qkv, kv_start, kv_end), num_heads, scale)
     seed = check_dropout("flash_attention_packed", qkv, dropout_p, dropout_seed)
     options = Options(kv_start, kv_end, None, seed, scale, bool(causal), float(dropout_p))
+    forward = packed_attention_forward if kernel == "portable" else packed_attention_forward_hopper
     if needs_graph(qkv):
-        return _FlashAttentionPacked.apply(qkv, num_heads, *options)
-    return packed_attention_forward(qkv, num_heads, *options)[0]
+        return _FlashAttentionPacked.apply(forward, qkv, num_heads, *options)
+    return forward(qkv, num_heads, *options)[0]

@@ -1,11 +1,15 @@
 """The backends that need nothing beside torch and this project: eager, sdpa, triton."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import MAX_HEAD_DIM
 from kernels.checks import check_device
+from kernels.configs import HOPPER_FORWARD
+from kernels.library import active_arch
 from model.attention.registry import register_attention
 
 
@@ -70,3 +74,25 @@ def triton_runs_on(device):
 def triton(q, k, v, *, upcast, **options):
     """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""
     return flash_attention(q, k, v, **options), None
+
+
+def hopper_runs_on(device):
+    """Whether kernels/attention/hopper.py runs on `device`: compute capability 9.0, or a simulation of it."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    return triton_runs_on(device) and active_arch() == 90
+
+
+@register_attention(
+    "triton-hopper",
+    projection=partial(flash_attention_packed, kernel="hopper"),
+    dtypes=(torch.float16, torch.bfloat16),
+    head_dims=tuple(HOPPER_FORWARD),
+    unequal_lengths=True,
+    upcast=True,
+    capturable=True,
+    runs_on=hopper_runs_on,
+)
+def triton_hopper(q, k, v, *, upcast, **options):
+    """The same with the forward kernel in Gluon, kernels/attention/hopper.py."""
+    return flash_attention(q, k, v, kernel="hopper", **options), None

@@ -58,6 +58,7 @@ class AttentionBackend:
     devices: tuple[str, ...] | None = None  # None: any
     dtypes: tuple[torch.dtype, ...] = _ALL_DTYPES
     max_head_dim: int | None = None  # None: any
+    head_dims: tuple[int, ...] | None = None  # the only ones; None: any up to max_head_dim
     padding: bool = False  # kv_start, kv_end
     dropout: bool = False  # dropout_p
     unequal_lengths: bool = False  # T_q != T_k, and q_start: decoding with a cache needs it
@@ -85,6 +86,8 @@ class AttentionBackend:
             return f"{dtype} (it computes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)})"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"head_dim {head_dim} (its largest is {self.max_head_dim})"
+        if self.head_dims is not None and head_dim not in self.head_dims:
+            return f"head_dim {head_dim} (it computes {', '.join(map(str, self.head_dims))})"
         for wanted, able, what in (
             (padding, self.padding, "padding"),
             (dropout, self.dropout, "attention dropout"),
@@ -163,10 +166,10 @@ def _check_capabilities(name, capabilities):
             )
         if key in ("projection", "runs_on"):
             is_right, required = value is None or callable(value), "a function or None"
-        elif key in ("devices", "dtypes"):
-            of = str if key == "devices" else torch.dtype
+        elif key in ("devices", "dtypes", "head_dims"):
+            of = {"devices": str, "dtypes": torch.dtype, "head_dims": int}[key]
             is_right = isinstance(value, tuple) and all(isinstance(item, of) for item in value)
-            is_right, required = is_right or (key == "devices" and value is None), f"a tuple of {of.__name__}"
+            is_right, required = is_right or (key != "dtypes" and value is None), f"a tuple of {of.__name__}"
         elif key == "max_head_dim":
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             is_right, required = value is None or (is_integer and value > 0), "a positive integer or None"

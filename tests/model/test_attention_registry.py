@@ -125,6 +125,13 @@ def test_a_function_that_cannot_be_called_is_refused(function, error):
         register_attention("odd")(function)
 
 
+def test_a_backend_may_declare_the_only_head_dims_that_it_has():
+    request = {"device": "cpu", "dtype": torch.float16}
+    backend = get_attention("triton-hopper")
+    assert backend.refusal(**request, head_dim=128) is None
+    assert backend.refusal(**request, head_dim=80) == "head_dim 80 (it computes 64, 128)"
+
+
 @pytest.mark.parametrize(
     ("capabilities", "error"),
     [
@@ -136,6 +143,7 @@ def test_a_function_that_cannot_be_called_is_refused(function, error):
         ({"dtypes": torch.float16}, "declares dtypes=torch.float16; it must be a tuple of dtype"),
         ({"max_head_dim": 0}, "'mine' declares max_head_dim=0; it must be a positive integer or None"),
         ({"max_head_dim": True}, "declares max_head_dim=True; it must be a positive integer"),
+        ({"head_dims": (64, "128")}, r"declares head_dims=\(64, '128'\); it must be a tuple of int"),
         ({"projection": "packed"}, "'mine' declares projection='packed'; it must be a function or None"),
     ],
     ids=lambda value: "-".join(map(str, value.items())) if isinstance(value, dict) else "",

@@ -1,0 +1,301 @@
+"""Attention forward for Hopper, in Gluon: the copy engine and the matrix units work while the softmax is computed.
+
+The same formulas, units and results as forward.py; what differs is who waits for whom. In plain Triton each product is
+waited for before anything else is done. Gluon leaves the order to the kernel. A program is one warpgroup with 64
+queries of one head; it walks over the keys in tiles of BLOCK_N, from the last to the first, so that the tiles that need
+a mask come first. One thread starts the copies (TMA: a whole tile by one instruction, into shared memory, counted by an
+mbarrier); k and v have two slots each, tile j uses slot j % 2, and the copies run two tiles ahead. One iteration:
+
+    queue  s = q k(j)^T                   asynchronous (WGMMA)
+    queue  acc += p(j-1) v(j-1)           asynchronous, behind it
+    wait   for s                          then k(j)'s slot takes k(j+2)
+    do     m, p(j) = exp2(s - m), l       while p(j-1) v(j-1) is still computed
+    wait   for acc                        then v(j-1)'s slot takes v(j+1)
+    do     acc *= alpha, p(j) to fp16
+
+What must hold, and is not checked by the compiler:
+
+- p(j-1) is an operand in registers of a product in flight: nobody may write these registers before it has been waited
+  for. So the wait names it among its results, and p(j) is made of registers of its own, after the wait.
+- A slot is filled again only after all four warps have waited for the product that reads it. One thread starts the
+  copy, behind the barrier that Triton places between `expect` and a copy: `expect` stands behind the wait.
+- An mbarrier's phase ends with its copy; tile j is the (j // 2)-th in its slot, so its phase has parity (j // 2) % 2.
+- A tile that reaches beyond the last row is filled up with zeros, and its bytes count as copied.
+
+FLOPs and bytes are forward.py's at 64 queries a program: k and v are read once per 64 queries. Compiled for sm_90 in
+bf16 at D = 64 by Triton 3.7.1 it takes 7.0 instructions per score of a thread, and 155 registers: three
+programs share a multiprocessor, and the softmax of one runs under the products of the others too.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.attention.plans import contiguous_heads, packed_heads
+from kernels.attention.tiles import _key_tiles, _locate, _row_bounds
+from kernels.configs import HOPPER_FORWARD, heads_in_l2
+from kernels.launch import Launcher
+from kernels.library import LOG2E, active_arch
+
+# Triton 3.9 calls it async_load.
+_copy_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+
+PARTS = gl.constexpr(8)
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@gluon.jit
+def _load_tile(desc, b, h, row, full, slot, pred):
+    """Starts the copy of rows [row, row + BLOCK) of one head into a slot; `full` flips when all bytes are there."""
+    mbarrier.expect(full, desc.block_type.nbytes, pred=pred)
+    _copy_tile(desc, [b, h, row, 0], full, slot, pred=pred)
+
+
+@gluon.jit
+def _matrix(slots, i, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Slot i as a matrix [ROWS, HEAD_DIM]."""
+    return slots.index(i).reshape([ROWS, HEAD_DIM])
+
+
+@gluon.jit
+def _softmax(s, m_i, end, n, scale_log2, MASKED: gl.constexpr, SEES_ALL: gl.constexpr, BLOCK_N: gl.constexpr):
+    """p, its sums over every eighth key, alpha and the new maximum, of scores [64, BLOCK_N] of keys from n on.
+
+    end: a row sees the keys below it. SEES_ALL: every row sees some key in the first tile already.
+    """
+    if MASKED:
+        offs_n = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
+        s = gl.where(end[:, None] > offs_n[None, :], s, float("-inf"))
+    m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
+    m_shift = m_new
+    if not SEES_ALL:
+        m_shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
+    p = gl.exp2(s * scale_log2 - m_shift[:, None])
+    alpha = gl.exp2(m_i - m_shift)
+    return p, gl.sum(gl.reshape(p, [p.shape[0], BLOCK_N // PARTS, PARTS]), 1), alpha, m_new
+
+
+@gluon.jit
+def _attention_hopper_kernel(
+    q_desc,  # [B, H, T_q, HEAD_DIM] in tiles [1, 1, BLOCK_M, HEAD_DIM]
+    k_desc,  # [B, H, T_k, HEAD_DIM] in tiles [1, 1, BLOCK_N, HEAD_DIM]
+    v_desc,  # [B, H, T_k, HEAD_DIM] in tiles [1, 1, BLOCK_N, HEAD_DIM]
+    o_ptr,  # [B, H, T_q, HEAD_DIM]
+    lse_ptr,  # [B, H, T_q] fp32, log2 units
+    q_start_ptr,  # [B] int32 or None
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    H,
+    T_q,
+    T_k,
+    heads_per_group,
+    scale_log2,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+    SEES_ALL: gl.constexpr,  # causal, T_q == T_k, no q_start: only the first tile needs a mask
+):
+    dtype: gl.constexpr = q_desc.dtype
+    # Accumulators of scores and of o, and p as the left operand of the second product: in registers, as WGMMA has them.
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+
+    q_slot = gl.allocate_shared_memory(dtype, [1] + q_desc.block_type.shape, q_desc.layout)
+    k_slots = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
+    v_slots = gl.allocate_shared_memory(dtype, [2] + v_desc.block_type.shape, v_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())  # of q, k, k, v, v
+    for i in gl.static_range(5):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()  # the copy engine sees them
+
+    tile, b, h = _locate(gl.cdiv(T_q, BLOCK_M), H, heads_per_group, IS_CAUSAL)
+    head = b * H + h
+    _, num_keys, diagonal = _row_bounds(b, None, None, q_start_ptr, T_q, T_k)
+    m = tile * BLOCK_M
+    first_full, seen = _key_tiles(m, num_keys, diagonal, BLOCK_M, BLOCK_N, IS_CAUSAL)
+    tiles = gl.maximum(gl.cdiv(seen, BLOCK_N), 1)  # tile j holds the keys from (tiles - 1 - j) * BLOCK_N on
+    masked = gl.maximum(tiles - first_full // BLOCK_N, 1)  # the first ones
+    offs_m = m + gl.arange(0, BLOCK_M, layout=rows)
+    end = gl.zeros_like(offs_m) + num_keys
+    if IS_CAUSAL:
+        end = gl.minimum(end, diagonal + offs_m + 1)
+
+    bi = b.to(gl.int32)
+    hi = h.to(gl.int32)
+    last = (tiles - 1) * BLOCK_N
+    _load_tile(q_desc, bi, hi, m, full.index(0), q_slot.index(0), True)
+    for i in gl.static_range(2):
+        _load_tile(k_desc, bi, hi, last - i * BLOCK_N, full.index(1 + i), k_slots.index(i), i < tiles)
+        _load_tile(v_desc, bi, hi, last - i * BLOCK_N, full.index(3 + i), v_slots.index(i), i < tiles)
+
+    # Tile 0: there is no product of v yet under which its softmax could run.
+    q = _matrix(q_slot, 0, BLOCK_M, HEAD_DIM)
+    no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
+    mbarrier.wait(full.index(0), 0)
+    mbarrier.wait(full.index(1), 0)
+    k = _matrix(k_slots, 0, BLOCK_N, HEAD_DIM)
+    s = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    _load_tile(k_desc, bi, hi, last - 2 * BLOCK_N, full.index(1), k_slots.index(0), tiles > 2)
+    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, rows)
+    p, l_i, _, m_i = _softmax(s, m_i, end, last, scale_log2, True, SEES_ALL, BLOCK_N)
+    p16 = gl.convert_layout(p.to(dtype), p_layout)
+    acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, o_layout)
+
+    # Then the other tiles with a mask, then those without one.
+    for PART in gl.static_range(1 if SEES_ALL else 0, 2):
+        for j in range(masked if PART else 1, tiles if PART else masked):
+            n = last - j * BLOCK_N
+            new = j & 1
+            old = new ^ 1
+            mbarrier.wait(full.index(1 + new), (j >> 1) & 1)
+            mbarrier.wait(full.index(3 + old), ((j - 1) >> 1) & 1)
+            k = _matrix(k_slots, new, BLOCK_N, HEAD_DIM)
+            v = _matrix(v_slots, old, BLOCK_N, HEAD_DIM)
+            s = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            acc = warpgroup_mma(p16, v, acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            _load_tile(k_desc, bi, hi, n - 2 * BLOCK_N, full.index(1 + new), k_slots.index(new), j + 2 < tiles)
+            p, sums, alpha, m_i = _softmax(s, m_i, end, n, scale_log2, PART == 0, SEES_ALL, BLOCK_N)
+            l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
+            acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
+            _load_tile(v_desc, bi, hi, n - BLOCK_N, full.index(3 + old), v_slots.index(old), j + 1 < tiles)
+            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+            p16 = gl.convert_layout(p.to(dtype), p_layout)
+
+    j = tiles - 1
+    mbarrier.wait(full.index(3 + (j & 1)), (j >> 1) & 1)
+    acc = warpgroup_mma(p16, _matrix(v_slots, j & 1, BLOCK_N, HEAD_DIM), acc, is_async=True)
+    l_sum = gl.convert_layout(gl.sum(l_i, 1), rows)
+    l_sum = gl.where(l_sum == 0, 1.0, l_sum)  # a query that saw no key: acc is 0 and m_i is -inf; NaN stays NaN
+    gl.store(lse_ptr + head * T_q + offs_m, m_i + gl.log2(l_sum), mask=offs_m < T_q)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    o = acc / gl.convert_layout(l_sum, o_rows)[:, None]
+    offs_m = m + gl.arange(0, BLOCK_M, layout=o_rows)
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, o_layout))
+    o_ptrs = o_ptr + b * stride_ob + h * stride_oh + (offs_m.to(gl.int64) * stride_ot)[:, None] + offs_d[None, :]
+    gl.store(o_ptrs, o.to(dtype), mask=(offs_m < T_q)[:, None])
+
+
+def refusal(arch, dtype, head_dim, *, padding=False, dropout=False):
+    """Why this kernel cannot compute such a call, in words, or None if it can. arch: what active_arch() gives."""
+    if arch != 90:
+        return f"{'the interpreter' if arch is None else f'architecture {arch}'}: compute capability 9.0 is required"
+    if dtype not in DTYPES:
+        return f"{dtype}: fp16 or bf16 is required"
+    if head_dim not in HOPPER_FORWARD:
+        return f"head_dim {head_dim}: {' or '.join(map(str, HOPPER_FORWARD))} is required"
+    if padding or dropout:
+        return "padding: no kv_start and no kv_end is required" if padding else "dropout: dropout_p of 0 is required"
+    return None
+
+
+def _check(function, tensors, head_dim, options):
+    """Raises ValueError where the table, or the copy engine, does not cover the call."""
+    padding = options.kv_start is not None or options.kv_end is not None
+    reason = refusal(active_arch(), tensors[0].dtype, head_dim, padding=padding, dropout=options.seed is not None)
+    for tensor in tensors:
+        strides = [step for size, step in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
+        if reason is None and (tensor.data_ptr() % 16 or any(step <= 0 or step % 8 for step in strides)):
+            reason = (
+                f"a tensor at {tensor.data_ptr():#x} with strides {tuple(tensor.stride())}: 16-byte alignment and "
+                "positive strides, multiples of 8 elements, are required"
+            )
+    if reason is not None:
+        raise ValueError(f"{function}: kernel='hopper' does not support {reason}; kernel='portable' does")
+
+
+class _Described:
+    """Makes descriptors of tensors of one geometry: all but the address is checked and kept once."""
+
+    def __init__(self, shape, strides, rows, dtype):
+        D = shape[3]
+        block = [1, 1, rows, D]
+        # Of an axis of one element the stride says nothing and may be anything; the hardware wants one that it can use.
+        strides = [step if size > 1 else D for size, step in zip(shape[:3], strides)]
+        self.geometry = [*shape], [*strides, 1], block, gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
+        self.fields = None
+
+    def __call__(self, base):
+        """base: a tensor, or whatever gives its address by data_ptr()."""
+        if self.fields is None:
+            descriptor = TensorDescriptor(base, *self.geometry)
+            self.fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+            return descriptor
+        descriptor = object.__new__(TensorDescriptor)
+        vars(descriptor).update(self.fields, base=base)
+        return descriptor
+
+
+def _plan(shape, T_k, q_strides, k_strides, v_strides, dtype, scale, causal, has_q_start, offsets=None):
+    """shape: q's [B, H, T_q, D]; o is [B, T_q, H, D] in memory."""
+    B, H, T_q, D = shape
+    config = HOPPER_FORWARD[D]
+    keys = (B, H, T_k, D)
+    descriptors = {
+        0: _Described(shape, q_strides, config.BLOCK_M, dtype),
+        1: _Described(keys, k_strides, config.BLOCK_N, dtype),
+        2: _Described(keys, v_strides, config.BLOCK_N, dtype),
+    }
+    heads_per_group = heads_in_l2(2 * T_k * D * dtype.itemsize, B * H)
+    numbers = (*contiguous_heads(T_q, H, D), H, T_q, T_k, heads_per_group, scale * LOG2E)
+    options = {
+        "HEAD_DIM": D,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "IS_CAUSAL": causal,
+        "SEES_ALL": causal and T_q == T_k and not has_q_start,
+        "num_warps": config.num_warps,
+    }
+    return (B * H * triton.cdiv(T_q, config.BLOCK_M),), numbers, options, offsets or {}, descriptors
+
+
+def _packed_plan(shape, strides, num_heads, *rest):
+    """shape and strides: those of qkv [B, T, 3C]."""
+    B, T, three_C = shape
+    C = three_C // 3
+    heads = packed_heads(strides, C // num_heads)
+    return _plan((B, num_heads, T, C // num_heads), T, heads, heads, heads, *rest, {1: C, 2: 2 * C})
+
+
+_launch = Launcher(_attention_hopper_kernel, _plan)
+_launch_packed = Launcher(_attention_hopper_kernel, _packed_plan)
+
+
+def _launch_hopper_forward(q, k, v, options):
+    """As forward.py's launcher: o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q]."""
+    _check("flash_attention", (q, k, v), q.shape[3], options)
+    shape = B, H, T_q, D = q.shape
+    o = torch.empty_permuted((B, H, T_q, D), (0, 2, 1, 3), dtype=q.dtype, device=q.device)
+    lse = q.new_empty((B, H, T_q), dtype=torch.float32)
+    if o.numel():
+        strides = [x.stride()[:3] for x in (q, k, v)]
+        numbers = options.scale, options.causal, options.q_start is not None
+        _launch((q, k, v, o, lse, options.q_start), shape, k.shape[2], *strides, q.dtype, *numbers)
+    return o, lse
+
+
+def _launch_packed_hopper(qkv, num_heads, options):
+    """As forward.py's launcher: o [B, T, C] and lse [B, H, T] from qkv [B, T, 3C]."""
+    shape = B, T, three_C = qkv.shape
+    _check("flash_attention_packed", (qkv,), three_C // (3 * num_heads), options)
+    o = qkv.new_empty((B, T, three_C // 3))
+    lse = qkv.new_empty((B, num_heads, T), dtype=torch.float32)
+    if B and T:
+        numbers = options.scale, options.causal, options.q_start is not None
+        _launch_packed((qkv, qkv, qkv, o, lse, options.q_start), shape, qkv.stride(), num_heads, qkv.dtype, *numbers)
+    return o, lse

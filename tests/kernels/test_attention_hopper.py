@@ -1,0 +1,254 @@
+"""The Gluon kernel of attention/hopper.py: compiled without spills, in the order that it claims, right on an H100."""
+
+import re
+
+import compiling
+import lanes
+import numerics
+import pytest
+import torch
+from attention_cases import inputs
+
+from bench.lib.sass import _loops, _tool, inspect
+from kernels import flash_attention, flash_attention_packed, reference
+from kernels.attention import hopper, ops
+from kernels.attention.ops import split_heads
+from kernels.configs import HOPPER_FORWARD
+from kernels.simulator import simulate
+
+F16, BF16 = torch.float16, torch.bfloat16
+NAME = "_attention_hopper_kernel"
+
+# (B, H, T_q, T_k, D): below, at and beyond a tile of 64 queries and of 128 keys; fewer and more keys than queries.
+SHAPES = [
+    (1, 2, 1, 1, 64),
+    (2, 1, 17, 17, 64),
+    (1, 3, 64, 64, 64),
+    (2, 2, 65, 65, 64),
+    (1, 2, 129, 129, 128),
+    (2, 3, 300, 300, 64),
+    (1, 2, 1000, 1000, 64),
+    (1, 1, 70, 17, 64),
+    (2, 2, 100, 333, 64),
+    (1, 1, 33, 500, 128),
+]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-H{}-Tq{}-Tk{}-D{}".format(*s))
+both_dtypes = pytest.mark.parametrize("dtype", [F16, BF16], ids=lanes.short)
+causal_or_full = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+
+
+def on_hopper(test):
+    """Marks a test for the GPU; where that is another chip the test is not there."""
+    other = torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
+    return None if other else pytest.mark.gpu(test)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """Tensors that PyTorch leaves uninitialised hold NaN, so that an element no kernel wrote cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Compiled
+
+
+@pytest.fixture(scope="module")
+def binaries():
+    """{(dtype, D, causal): (what the compiler made, its cubin)}, through the real host code."""
+    found = {}
+    for dtype, D, causal in [
+        (BF16, 64, True),
+        (BF16, 64, False),
+        (F16, 64, True),
+        (BF16, 128, True),
+        (F16, 128, False),
+    ]:
+        q, k, v, _ = inputs((2, 3, 300, 300, D), dtype, "cpu")
+        with compiling.compile_only("sm_90") as kernels, _kept_binaries() as cubins:
+            hopper._launch_hopper_forward(q, k, v, ops.Options(None, None, None, None, 0.125, causal, 0.0))
+        found[dtype, D, causal] = kernels[0], cubins[0]
+    return found
+
+
+class _kept_binaries:
+    """A context that yields the list of the cubins that are loaded inside."""
+
+    def __enter__(self):
+        self.before, cubins = compiling._resources_nvidia, []
+
+        def keep(cubin):
+            cubins.append(cubin)
+            return self.before(cubin)
+
+        compiling._resources_nvidia = keep
+        return cubins
+
+    def __exit__(self, *_):
+        compiling._resources_nvidia = self.before
+
+
+@pytest.mark.compile
+def test_it_spills_nothing_and_several_programs_share_a_multiprocessor(binaries):
+    for (_, D, _), (kernel, _) in binaries.items():
+        programs = {64: 3, 128: 2}[D]
+        assert kernel.spilled == 0
+        assert kernel.registers <= 65536 // (programs * 128) // 8 * 8
+        assert programs * (kernel.shared + 1024) <= 228 * 1024
+
+
+@pytest.mark.compile
+def test_the_loop_of_a_causal_row_holds_no_mask_and_few_instructions(binaries):
+    for (_, D, causal), (_, cubin) in binaries.items():
+        if causal:
+            code, config = inspect(cubin, NAME), HOPPER_FORWARD[D]
+            assert "FSEL" not in code.loop_names
+            assert sum(code.loop_names.values()) <= {64: 7.1, 128: 10.7}[D] * config.BLOCK_M * config.BLOCK_N / 128
+
+
+@pytest.mark.compile
+def test_the_softmax_begins_while_the_product_with_v_is_computed(binaries, tmp_path):
+    """In the machine code: both products queued, one wait that leaves one of them, exponentials, the other wait."""
+    _, cubin = binaries[BF16, 64, True]
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cubin)
+    lines = [line for line in _tool("nvdisasm", "-c", file).split("\n") if re.search("HGMMA|DEPBAR|MUFU.EX2", line)]
+    events = "".join("M" if "HGMMA" in x else "E" if "EX2" in x else "1" if ", 0x1" in x else "0" for x in lines)
+    loop = re.search(r"M{12}1(E+)0(E+)", events)
+    assert loop, events
+    under, after = map(len, loop.groups())
+    assert under + after == 66
+    assert under >= 20
+
+
+@pytest.mark.compile
+def test_a_barrier_stands_between_the_expected_bytes_and_each_refill(binaries):
+    """One thread starts a copy into a slot that all four warps have read: Triton's barrier makes it wait for them."""
+    for _, cubin in binaries.values():
+        order = _loop_names(cubin, ("SYNCS.ARRIVE", "UTMALDG", "BAR.SYNC"))
+        for refill in re.findall(r"A([^AU]*)U", order):
+            assert "B" in refill
+        assert order.count("U") == 2
+
+
+def _loop_names(cubin, stems):
+    """The main loop's instructions of these names, in order, as the letters A, U and B."""
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        names, loops = _loops(_tool("nvdisasm", "-c", file.name), NAME)
+    start, end = min(
+        (loop for loop in loops if any("HGMMA" in n for n in names[slice(*loop)])), key=lambda loop: loop[1] - loop[0]
+    )
+    letters = dict(zip(stems, "AUB"))
+    return "".join(letters[s] for n in names[start:end] for s in stems if n.startswith(s))
+
+
+# What it refuses
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float32}, "torch.float32: fp16 or bf16 is required"),
+        ({"D": 80}, "head_dim 80: 64 or 128 is required"),
+        ({"kv_end": torch.tensor([3], dtype=torch.int32)}, "padding: no kv_start and no kv_end is required"),
+        ({"dropout_p": 0.1}, "dropout: dropout_p of 0 is required"),
+        ({"arch": "sm_80"}, "architecture 80: compute capability 9.0 is required"),
+        ({"skip": 4}, "16-byte alignment"),
+    ],
+    ids=["fp32", "head-dim", "padding", "dropout", "A100", "alignment"],
+)
+def test_a_request_that_it_cannot_serve_is_an_error(change, message):
+    change = {"dtype": F16, "D": 64, "arch": "sm_90", "skip": 0} | change
+    D, dtype, arch, skip = (change.pop(key) for key in ("D", "dtype", "arch", "skip"))
+    qkv = torch.zeros(skip + 20 * 3 * D, dtype=dtype)[skip:].view(1, 20, 3 * D)
+    with simulate(arch):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            flash_attention_packed(qkv, 1, kernel="hopper", **change)
+        with pytest.raises(ValueError, match="kernel='hopper' does not support"):
+            flash_attention(*split_heads(qkv, 1), kernel="hopper", **change)
+
+
+def test_an_unknown_kernel_is_an_error():
+    q = torch.zeros(1, 1, 4, 64)
+    for call in (lambda kernel: flash_attention(q, q, q, kernel=kernel), lambda kernel: _packed(kernel)):
+        with pytest.raises(ValueError, match="kernel is 'fastest'; it must be portable or hopper"):
+            call("fastest")
+        with pytest.raises(TypeError, match="kernel is 1; it must be a string"):
+            call(1)
+
+
+def _packed(kernel):
+    return flash_attention_packed(torch.zeros(1, 4, 192), 1, kernel=kernel)
+
+
+# On a Hopper GPU
+
+
+def check(q, k, v, **options):
+    """The tolerance rule for o, and lse against the oracle's scores."""
+    o, lse = flash_attention(q, k, v, kernel="hopper", return_lse=True, **options)
+    baseline, oracle = (
+        reference.attention(*(x.to(dtype) for x in (q, k, v)), **options)[0] for dtype in (q.dtype, torch.float64)
+    )
+    numerics.assert_close(o, baseline, oracle, what="o")
+    _, expected = flash_attention(q, k, v, return_lse=True, **options)
+    torch.testing.assert_close(lse, expected, atol=2e-5, rtol=1e-6)
+    return o
+
+
+@on_hopper
+@both_dtypes
+@every_shape
+@causal_or_full
+def test_output_matches_the_oracle(shape, dtype, causal):
+    q, k, v, _ = inputs(shape, dtype, "cuda")
+    check(q, k, v, causal=causal)
+
+
+@on_hopper
+@both_dtypes
+def test_packed_and_separate_tensors_give_the_same_bits_in_every_run(dtype):
+    qkv = torch.randn(3, 777, 3 * 4 * 64, device="cuda", dtype=dtype)
+    expected = check(*split_heads(qkv, 4))
+    for _ in range(3):
+        assert torch.equal(
+            flash_attention_packed(qkv, 4, kernel="hopper").unflatten(2, (4, 64)).transpose(1, 2), expected
+        )
+    one = flash_attention_packed(qkv[1:2].clone(), 4, kernel="hopper")
+    assert torch.equal(one.unflatten(2, (4, 64)).transpose(1, 2), expected[1:2])
+
+
+@on_hopper
+def test_first_queries_that_stand_anywhere_match_the_oracle():
+    q, k, v, _ = inputs((3, 2, 90, 200, 64), BF16, "cuda")
+    check(q, k, v, q_start=torch.tensor([0, 17, 150], dtype=torch.int32, device="cuda"))
+
+
+@on_hopper
+def test_changing_a_token_leaves_the_outputs_before_it_alone():
+    qkv = torch.randn(1, 400, 3 * 2 * 64, device="cuda", dtype=BF16)
+    before = flash_attention_packed(qkv, 2, kernel="hopper")
+    qkv[:, 250] = 3
+    after = flash_attention_packed(qkv, 2, kernel="hopper")
+    assert torch.equal(before[:, :250], after[:, :250])
+    assert not torch.equal(before[:, 250:], after[:, 250:])
+
+
+@on_hopper
+def test_gradients_behind_it_are_those_of_the_portable_kernels():
+    qkv = torch.randn(2, 300, 3 * 2 * 64, device="cuda", dtype=BF16)
+    dy = torch.randn(2, 300, 128, device="cuda", dtype=BF16)
+    found = []
+    for kernel in ("portable", "hopper"):
+        leaf = qkv.clone().requires_grad_()
+        found.append(torch.autograd.grad(flash_attention_packed(leaf, 2, kernel=kernel), leaf, dy)[0])
+    oracle = qkv.double().requires_grad_()
+    o, _ = reference.attention(*split_heads(oracle, 2))
+    (expected,) = torch.autograd.grad(o.transpose(1, 2).flatten(2), oracle, dy.double())
+    numerics.assert_gradient_close(found[1], found[0], expected)
