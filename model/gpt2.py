@@ -190,7 +190,9 @@ class Block(nn.Module):
         for module in (*linears[:2], ln_2, *linears[2:], next_norm):
             parameters = module._parameters
             weights += (parameters.get("weight"), parameters.get("bias"))
-        numbers = Numbers(attn.num_heads, float(attn.scale), *rates, float(ln_2.eps), float(next_norm.eps))
+        numbers = Numbers(
+            attn.layer_idx, attn.num_heads, float(attn.scale), *rates, float(ln_2.eps), float(next_norm.eps)
+        )
         kernels = ln_2.kernel_implementation, mlp.kernel_implementation, next_norm.kernel_implementation
         return weights, numbers, kernels
 
@@ -292,8 +294,8 @@ class GPT2Model(PretrainedModel):
                 "output_attentions": output_attentions,
                 "encoder": encoder,
             }
-            head_dim, plain = config.head_dim, output_attentions or encoder is not None or cache is not None
-            whole = Blocks.of(x, head_dim, self.attn_implementation, padding, plain=plain)
+            plain = output_attentions or encoder is not None
+            whole = Blocks.of(x, config.head_dim, self.attn_implementation, padding, cache, plain=plain)
             blocks, y = list(self.h), None  # y: the next norm of x, where the block before has computed it
             for block, after in zip(blocks, [*blocks[1:], None]):
                 hidden_states.append(x)

@@ -32,7 +32,8 @@ from torch.nn.modules import module as torch_module
 
 from kernels.attention import MAX_HEAD_DIM
 from kernels.attention.backward import _launch_packed_backward
-from kernels.attention.forward import _launch_packed_forward
+from kernels.attention.decode import MAX_QUERIES, _launch_attention_decode
+from kernels.attention.forward import _launch_attention_forward, _launch_packed_forward
 from kernels.attention.ops import Options
 from kernels.checks import FLOATS, check_device, check_dropout, dense, once, refuse_second_derivative
 from kernels.gelu import _launch_gelu_backward, _launch_gelu_forward
@@ -41,6 +42,7 @@ from kernels.library import is_plain as is_ordinary
 from kernels.library import needs_graph
 from kernels.rows import even_rows
 from model.attention import get_attention
+from model.cache import KVCache
 from model.layers import onednn
 from model.layers.ops import autocast_dtype, use_triton
 
@@ -49,8 +51,9 @@ _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 class Numbers(NamedTuple):
-    """What a block is beside its weights: heads, attention's scale, three dropout rates, eps of ln_2 and of next."""
+    """What a block is beside its weights: its place, heads, attention's scale, dropout rates, both norms' eps."""
 
+    layer: int
     num_heads: int
     scale: float
     attn_p: float
@@ -60,22 +63,69 @@ class Numbers(NamedTuple):
     eps3: float
 
 
-def _forward(x, y, weights, numbers, bounds, saved):
+class _Packed:
+    """Attention of tokens over one another; kv_start, kv_end: [B] int32 or None."""
+
+    def __init__(self, kv_start, kv_end):
+        self.bounds = dense(kv_start), dense(kv_end)
+
+    def __call__(self, qkv, numbers, seed):
+        """o [B, T, C] and lse [B, H, T] from qkv [B, T, 3C]."""
+        options = Options(*self.bounds, None, seed, numbers.scale, True, numbers.attn_p)
+        return _launch_packed_forward(qkv, numbers.num_heads, options)
+
+
+class _Cached:
+    """Attention of T new tokens over what a KVCache holds, whose rows are equally long, and over one another."""
+
+    def __init__(self, cache, T):
+        held, data = cache.get_seq_length(), cache.data  # data: [n_layer, 2, B, H, capacity, D]
+        self.slots = data[..., held : held + T, :].unbind()  # each [2, B, H, T, D]
+        self.seen = data[..., : held + T, :].flatten(0, 1).unbind()  # keys, values, keys, ...: each [B, H, T_k, D]
+
+    @staticmethod
+    def serves(cache, counts, x):
+        """Whether KVCache.attend would do no more than that."""
+        return (
+            type(cache) is KVCache
+            and cache.is_uniform
+            and cache.starts is None
+            and counts == [x.shape[1]] * x.shape[0]
+            and (len(x) == 1 or x.device.type != "cpu")  # there rows are attended to one by one
+            and not cache.one_query_at_a_time
+            and cache.data.device == x.device
+            and cache.data.dtype == (autocast_dtype(x) or x.dtype)
+        )
+
+    def __call__(self, qkv, numbers, seed):
+        """o [B, T, C], and None, from qkv [B, T, 3C], whose keys and values are stored."""
+        B, T, three_C = qkv.shape
+        H = numbers.num_heads
+        parts = qkv.view(B, T, 3, H, three_C // (3 * H)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D]
+        self.slots[numbers.layer].copy_(parts[1:])
+        q, keys, values = parts[0], self.seen[2 * numbers.layer], self.seen[2 * numbers.layer + 1]
+        options = Options(None, None, None, seed, numbers.scale, True, numbers.attn_p)
+        is_decoding = seed is None and T <= MAX_QUERIES and keys.shape[2] > T
+        launch = _launch_attention_decode if is_decoding else _launch_attention_forward
+        return launch(q, keys, values, options)[0].transpose(1, 2).flatten(2), None
+
+
+def _forward(x, y, weights, numbers, attend, saved):
     """(x3, y3) from x and y, all [B, T, C]. What backward needs is appended to `saved`, unless that is None."""
     Wa, ba, Wp, bp, w2, b2, Wf, bf, Wm, bm, w3, b3 = weights
-    num_heads, scale, attn_p, resid_p, mlp_p, eps2, eps3 = numbers
+    _, _, _, attn_p, resid_p, mlp_p, eps2, eps3 = numbers
     if Wa.dtype is not y.dtype:  # autocast
         Wa, ba, Wp, bp, Wf, Wm, bm = (w.to(y.dtype) for w in (Wa, ba, Wp, bp, Wf, Wm, bm))
     shape = B, T, C = y.shape
     y = y.view(B * T, C)
 
     qkv = torch.addmm(ba, y, Wa).view(B, T, 3 * C)
-    seed = check_dropout("flash_attention_packed", qkv, attn_p, None)
-    o, lse = _launch_packed_forward(qkv, num_heads, Options(*bounds, None, seed, scale, True, attn_p))  # o: [B, T, C]
+    seed = check_dropout("flash_attention", qkv, attn_p, None)
+    o, lse = attend(qkv, numbers, seed)  # o: [B, T, C]
     o = o.view(B * T, C)
     update = torch.addmm(bp, o, Wp)
     if saved is not None:
-        saved += (Wa, Wp, w2, Wf, bf, Wm, w3, *bounds, y, qkv, o, lse, seed)
+        saved += (Wa, Wp, w2, Wf, bf, Wm, w3, *attend.bounds, y, qkv, o, lse, seed)
     del qkv, o, lse
 
     seed = check_dropout("add_layer_norm", update, resid_p, None)
@@ -109,9 +159,9 @@ class _Block(torch.autograd.Function):
     """(x3, y3) from x and y, all [B, T, C]; the weights are _forward's."""
 
     @staticmethod
-    def forward(ctx, x, y, numbers, bounds, *weights):
+    def forward(ctx, x, y, numbers, attend, *weights):
         saved = []
-        outputs = _forward(x, y, weights, numbers, bounds, saved)
+        outputs = _forward(x, y, weights, numbers, attend, saved)
         ctx.save_for_backward(*saved)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)  # where only y3 is used, no zeros are read for x3
@@ -120,7 +170,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, dy):
         refuse_second_derivative("GPT2's block")
-        num_heads, scale, attn_p, resid_p, mlp_p, _, _ = ctx.numbers
+        _, num_heads, scale, attn_p, resid_p, mlp_p, _, _ = ctx.numbers
         Wa, Wp, w2, Wf, bf, Wm, w3, kv_start, kv_end, *saved = ctx.saved_tensors
         y, qkv, o, lse, attn_seed, y2, x2, mean2, rstd2, resid_seed, h, g, x3, mean3, rstd3, mlp_seed = saved
         needs_x, needs_y, _, _, *needs = ctx.needs_input_grad
@@ -188,16 +238,16 @@ class Blocks:
     Blocks.of says whether the pass is one for them at all, operands whether a block is.
     """
 
-    def __init__(self, x, bounds):
-        self.bounds = [dense(bound) for bound in bounds]
+    def __init__(self, x, attend):
         kind = x.device.type
+        self.attend = attend
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.kernels = {name for name in ("auto", "triton") if use_triton(name, x)}
 
     @classmethod
-    def of(cls, x, head_dim, backend, padding, *, plain):
+    def of(cls, x, head_dim, backend, padding, cache, *, plain):
         """Blocks for a forward pass of x [B, T, C], or None where modules do what no launch here does, or a mode, a
-        transform, a compiler or a profiler must see operations."""
+        transform, a compiler or a profiler must see operations. cache: a KVCache with room for T tokens, or None."""
         if (
             plain
             or torch.compiler.is_compiling()
@@ -210,10 +260,12 @@ class Blocks:
         dtype = autocast_dtype(x) or x.dtype
         if get_attention(backend, device=x.device, dtype=dtype, head_dim=head_dim) is not _TRITON:
             return None
+        if cache is not None and not _Cached.serves(cache, padding.counts, x):
+            return None
         if padding.kv_start is not None and padding.kv_start.device != x.device:
             return None
         check_device("GPT2Model", x, "x")
-        return cls(x, (padding.kv_start, padding.kv_end))
+        return cls(x, _Packed(padding.kv_start, padding.kv_end) if cache is None else _Cached(cache, x.shape[1]))
 
     def serves(self, x, y, weights, numbers, kernels):
         """Whether __call__ may take these: kernels are the names of what the parts' owner wants them computed by."""
@@ -222,7 +274,7 @@ class Blocks:
             self.kernels.issuperset(kernels)
             and is_ordinary(tensors, _FOURTEEN)
             and self.autocast in (None, y.dtype)
-            and _fits(tensors, self.autocast is not None, *numbers[:2], *numbers[5:])
+            and _fits(tensors, self.autocast is not None, *numbers[1:3], *numbers[6:])
         )
 
     def __call__(self, x, y, weights, numbers, kernels):
@@ -231,8 +283,8 @@ class Blocks:
         weights: Wa [C, 3C], ba, Wp [C, C], bp, ln_2's two, Wf [C, N], bf, Wm [N, C], bm, the next norm's two.
         """
         if needs_graph(x, y, *weights):
-            return *_Block.apply(x, y, numbers, self.bounds, *weights), None
-        return *_forward(x, y, weights, numbers, self.bounds, None), None
+            return *_Block.apply(x, y, numbers, self.attend, *weights), None
+        return *_forward(x, y, weights, numbers, self.attend, None), None
 
 
 _FOURTEEN = [_TENSORS] * 14

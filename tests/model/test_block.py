@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT2, GPT2Config
+from model.cache import KVCache
+from model.inputs import Padding
 from model.layers.block import Blocks
 
 SIZES = {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 101}
@@ -136,6 +138,51 @@ def test_without_a_gradient(lane, dtype, taken, monkeypatch):
     for training in (False, True):  # dropout knows no gradient
         assert both(model.train(training), ids, taken, monkeypatch, run) == 2
         taken.clear()
+
+
+@pytest.mark.parametrize("fields", [{}, DROPOUT], ids=["eval", "dropout"])
+@across_lanes(torch.float16, lanes=("interpret", "sm_90", "gpu"))
+def test_with_a_cache(lane, dtype, fields, taken, monkeypatch):
+    """A prompt, one token more, three more at once: what is returned and what is stored."""
+    model, _ = build(lane.device, dtype, **fields)
+    ids = torch.tensor([[5, 2, 7, 2, 9, 4, 1], [3, 3, 8, 6, 0, 9, 9]], device=lane.device)
+    ids = ids[: 1 if lane.device == "cpu" else 2]
+
+    def run(model, ids):
+        torch.manual_seed(1)
+        cache, results = KVCache(model.config, len(ids), capacity=8, device=lane.device, dtype=dtype), {}
+        for step in (ids[:, :3], ids[:, 3:4], ids[:, 4:]):
+            output = model(step, past_key_values=cache, output_hidden_states=True)
+            results |= {(cache.lengths[0], i): x for i, x in enumerate((output.logits, *output.hidden_states))}
+        return results | {"cache": cache.data}
+
+    assert both(model.train(bool(fields)), ids, taken, monkeypatch, run) == 6
+
+
+CACHES = {
+    "two rows on a CPU": lambda cache: None,
+    "rows of different lengths": lambda cache: setattr(cache, "lengths", [1, 2]),
+    "padding on the left": lambda cache: setattr(cache, "starts", [0, 1]),
+    "one query at a time": lambda cache: setattr(cache, "one_query_at_a_time", True),
+    "another dtype": lambda cache: setattr(cache, "data", cache.data.float()),
+}
+
+
+@pytest.mark.parametrize("case", CACHES)
+@across_lanes(torch.float16, lanes=("interpret",))
+def test_a_cache_of_another_kind_attends_itself(lane, dtype, case, taken, monkeypatch):
+    model, ids = build(lane.device, dtype)
+
+    def run(model, ids):
+        cache = KVCache(model.config, 2, capacity=8, dtype=dtype)
+        cache.advance([2, 2])
+        CACHES[case](cache)
+        try:
+            return {"logits": model(ids[:, :2], past_key_values=cache).logits}
+        except (ValueError, RuntimeError) as error:
+            return {"error": torch.tensor(list(str(error).encode()))}
+
+    assert both(model, ids, taken, monkeypatch, run) == 0
 
 
 TRAINED = {
@@ -273,7 +320,7 @@ def test_who_watches_operations_sees_them(lane, name, taken):
     taken.clear()
     if name == "forward-mode AD":
         with AROUND[name]():
-            assert Blocks.of(torch.ones(1, 5, 32), 16, "triton", None, plain=False) is None
+            assert Blocks.of(torch.ones(1, 5, 32), 16, "triton", Padding(), None, plain=False) is None
         return
     assert_same_bits(logits(model, TOKENS, AROUND[name]), expected)
     assert not taken
