@@ -1,9 +1,9 @@
 """Tile shapes, warps and pipeline stages per chip, head dim and direction: a table, no search at run time.
 
 Every row runs on its chips: it fits their shared memory and spills no register, which the compile lane asserts at the
-pinned Triton, with the exceptions that tests/kernels/test_attention.py lists. Rows were chosen from compiled code
-(registers, spills, resident blocks), not from times, except where a comment above the row names the device on which
-bench/tune.py measured it.
+pinned Triton, with the exceptions that tests/kernels/test_attention.py lists: faster on an H100 for all that. Rows were
+chosen from compiled code (registers, spills, resident blocks), not from times, except where a comment above the row
+names the device on which it was measured.
 """
 
 from dataclasses import dataclass
@@ -66,12 +66,13 @@ ATTENTION = {
         # 8.6; 3 blocks. Beside the row above 12, 12, 8 and 3% less time at T = 128, 256, 512, 1024 on the same H100, 1%
         # more at 2048 (second_visit/tiles.json there). Half the queries, and the same bits.
         ("short forward", 2): {64: C(64, 64, 4, 2)},
-        # 7.7, 9.7, 52.2; 4, 2, 1 blocks. At D = 64 128 x 64 takes 6.9 but holds two blocks: 11 to 16% more time on the
-        # same H100, at every T (second_visit/tiles.json there).
-        ("dq", 2): {64: C(64, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 8, 2)},
-        # 11.5, 24.8, 76.8; 3, 1, 1 blocks. dk and dv fill the registers: larger tiles spill, and at D = 256 WGMMA's do.
-        # At D = 64 64 x 64 takes 8.7 but holds two blocks: 8 to 11% more time there.
-        ("dkdv", 2): {64: C(32, 64, 4, 3), 128: C(64, 64, 8, 2), 256: C(32, 32, 8, 2)},
+        # Times on the same H100 (second_visit/tiles.json, more_tiles.json there). D = 64: 128 x 64 takes 6.9
+        # instructions per score, this 7.7, but holds two blocks, this four: 11 to 16% more time at every T. D = 256:
+        # 8 warps take 40 to 65% more.
+        ("dq", 2): {64: C(64, 64, 4, 2), 128: C(64, 64, 4, 2), 256: C(64, 32, 4, 2)},
+        # D = 64: 64 x 64 takes 8.7, this 11.5, but holds two blocks, this three: 8 to 11% more time. D = 128: 8 warps
+        # take 60 to 100% more. D = 256: 32 x 32 takes 60 to 85% more.
+        ("dkdv", 2): {64: C(32, 64, 4, 3), 128: C(64, 64, 4, 2), 256: C(32, 64, 8, 2)},
         **_FP32,
     },
     # 64 KB of LDS, wavefronts of 64 (MI300): the largest tiles tried that spill no vector register in any dtype.
@@ -147,24 +148,25 @@ class RowConfig:
     STAGES: int = 1
 
 
-# Elements that a program of 8 warps keeps at once, and how wide a row may be where a tile's row is one warp's 256
-# columns: two values per element live in the forward pass, four in the backward.
-_ROW_BUDGET = {"forward": (28672, 2048), "backward": (8192, 1024)}
-
-
 def row_config(direction, N):
     """How LayerNorm's "forward" or "backward" holds rows of N columns; N at most 16384.
 
-    It depends on nothing but N, so that a row's bits do not depend on how many rows there are. At least as many columns
-    a tile as threads: fewer, and each warp would load weight and bias for itself.
+    It depends on nothing but N, so that a row's bits do not depend on how many rows there are.
+
+    Measured on an H100 (second_visit/rows.json), bf16, M 16384, N 768 and 1600. Forward: one row, and as few warps as
+    keep 12 to 16 of its elements a thread: 18.7 and 36.3 us, where 16 and 8 rows to 8 warps took 23.2 and 62.0.
+    Backward: few rows at a time, the next two asked for meanwhile, and two programs to a multiprocessor: 43.9 and 80.6
+    us, where 8 and 4 rows, none ahead and one program took 65.1 and 179.
     """
-    budget, one_warp = _ROW_BUDGET[direction]
-    if direction == "backward" and budget < N:
-        return RowConfig(1, 4096, triton.cdiv(N, 4096), 16, SUMS=False)
-    BLOCK_N = min(256 * max(1, triton.next_power_of_2(N) // one_warp), max(16, triton.next_power_of_2(N)))
-    COLUMN_TILES = triton.cdiv(N, BLOCK_N)
-    rows = max(1, budget // (BLOCK_N * COLUMN_TILES))
-    return RowConfig(min(16, 2 ** (rows.bit_length() - 1)), BLOCK_N, COLUMN_TILES, 8)
+    wide = max(16, triton.next_power_of_2(N))
+    BLOCK_N = min(256 * max(1, wide // 2048), wide)
+    if direction == "forward":
+        return RowConfig(1, BLOCK_N, triton.cdiv(N, BLOCK_N), min(16, max(1, wide // 512)))
+    if N <= 1024:
+        return RowConfig(2, BLOCK_N, triton.cdiv(N, BLOCK_N), 4, STAGES=3)
+    if N <= 8192:
+        return RowConfig(1, wide, 1, 8 if N <= 4096 else 16, STAGES=3 if N <= 2048 else 1)
+    return RowConfig(1, 4096, triton.cdiv(N, 4096), 16, SUMS=False)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ zero but for rounding, is subtracted and stored as well (mean is a pair: [2, M])
 Bytes, least, for M rows of e bytes an element: forward 2 M N e (add: 4 M N e), weight, bias 2 N e, mean, rstd 12 M;
 backward 3 M N e (4 with a second gradient into total, one more with dropout), weight, dweight, dbias 3 N e, mean, rstd
 12 M. Above that the kernels read weight and bias once per program, and write and read 2 P N fp32 of partial sums, P at
-most rows.PARTIAL_ROWS. FLOPs: about 8 a forward element, 12 a backward one; memory decides.
+most PARTIAL_ROWS. FLOPs: about 8 a forward element, 12 a backward one; memory decides.
 """
 
 import functools
@@ -42,7 +42,6 @@ from kernels.dropout import dropout_mask, dropout_numbers
 from kernels.launch import Launcher
 from kernels.library import define_op, needs_graph
 from kernels.rows import (
-    PARTIAL_ROWS,
     _load_tile,
     _load_vector_tile,
     _store_partial,
@@ -56,6 +55,7 @@ from kernels.rows import (
 )
 
 MAX_WIDTH = 16384
+PARTIAL_ROWS = 264  # programs that share the rows in backward: two for each multiprocessor of an H100
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from kernels.checks import (
 )
 from kernels.cross_entropy import OPTIONS_SCHEMA, LossOptions, check_loss, launch_counts, launch_reduction, launch_rows
 from kernels.library import define_op, without_autocast
-from kernels.rows import as_rows, empty_aligned
+from kernels.rows import as_rows, empty_aligned, vocabulary_gradient, vocabulary_product
 
 # What the chunks need of a loss, in plain PyTorch: see logits.py for the formulas.
 
@@ -116,16 +116,13 @@ def _chunked(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows
         for start in range(0, M, chunk_rows):
             chunk = slice(start, start + chunk_rows)
             logits = buffer[: min(chunk_rows, M - start)]
-            if bias is None:
-                torch.mm(x[chunk], weight.T, out=logits)
-            else:
-                torch.addmm(bias, x[chunk], weight.T, out=logits)
+            vocabulary_product(x[chunk], weight, bias, logits)
             dlosses = None if dloss is None else dloss[chunk]
             rows(
                 logits, target[chunk], class_weight, counts, options, losses[chunk], dloss=dlosses, gradient=any(wanted)
             )
             if wants_dx:
-                torch.mm(logits, weight, out=dx[chunk])
+                vocabulary_gradient(logits, weight, dx[chunk])
             if wants_dweight:
                 _add_product(dweight, logits, x[chunk])
             if wants_dbias:

@@ -1,22 +1,24 @@
 """A decode step: the next token's logits for B rows, from the token before and the cache. Five launches a layer.
 
     1  x = wte[id] + wpe[length] in the first layer;  q, k, v = LN(x) W + b;  k and v go into the cache
-    2  attention of q over the keys, SPLIT of them a program: o of each split and its log-sum-exp
-    3  x += merge(o) W + b
+    2  o = attention of q over the keys, a program for each head
+    3  x += o W + b
     4  h = gelu(LN(x) W + b)
     5  x += h W + b
     and at the end  logits = LN(x) W
 
-x stays in fp32 from layer to layer. Weights are packed as [out, in] (pack_layer), so that a warp reads whole rows of
-them; biases, norms and embeddings are the model's own. Each sum has one order, which depends on the widths alone: a
-row's bits depend neither on the other rows nor on how much memory its cache has.
+Each program serves one row; rows share the weights through L2. (On an H100 all rows in one program cost 1.5 us a row
+and kernel, and a head's keys in splits, merged by kernel 3, 0.7 us for each 128 of them.) x stays in fp32 from layer to
+layer. Weights are packed as [out, in] (pack_layer), so that a warp reads whole rows of them; biases, norms and
+embeddings are the model's own. Each sum has one order, which depends on the widths alone: a row's bits depend neither
+on the other rows nor on how much memory its cache has.
 
 Dependent launch (Hopper and newer, inside a CUDA graph too): a kernel starts while the one before it still runs, asks
 for its weights, which nobody writes, and only then waits (_wait) for what the one before has written. Nothing that this
 step writes is loaded before that, and every program waits before it ends, so that a kernel's end implies the end of all
 before it. Elsewhere the kernels are launched as any others.
 
-Bytes, least: every weight once, the keys and values held once. FLOPs: 2 B a weight; memory decides.
+Bytes, least: every weight once, the keys and values held once. FLOPs: 2 B a weight; memory and latency decide.
 """
 
 from dataclasses import dataclass
@@ -31,11 +33,12 @@ from kernels.gelu import _gelu
 from kernels.launch import Launcher
 from kernels.library import LOG2E, active_arch
 
-MAX_ROWS = 16
+MAX_ROWS = 8  # beyond, the matrix units of the ordinary step win
 BK = 256  # columns of a tile: 16 bytes a lane at two bytes an element
 WARPS = 4
 TILES = 12  # of weights, at most, that a program keeps: 48 registers a thread at two bytes an element
-SPLIT = 128  # keys of a program of attention
+KEYS = 64  # of a head at a time
+STAGES = 3  # tiles of keys and values on their way at once
 
 
 @triton.jit
@@ -65,7 +68,6 @@ def _decode_qkv_kernel(
     x_ptr,  # [B, C] fp32: written in the first layer, read in the others
     q_ptr,  # [B, C] fp32
     cache_ptr,  # [2, B, H, capacity, D]: a layer's
-    B,
     H,
     capacity,
     eps,
@@ -85,162 +87,99 @@ def _decode_qkv_kernel(
     norm_weight = _activations(norm_weight_ptr, C, BK, R)
     norm_bias = _activations(norm_bias_ptr, C, BK, R)
     _wait(PDL)
-    for b in tl.range(0, B):
-        length = tl.load(lengths_ptr + b)
-        if IS_FIRST:
-            token = _activations(wte_ptr + tl.load(ids_ptr + b) * C, C, BK, R)
-            place = _activations(wpe_ptr + length.to(tl.int64) * C, C, BK, R)
-            x = ()
-            for c in tl.static_range(CHUNKS):
-                x += (token[c].to(tl.float32) + place[c].to(tl.float32),)
-                k = c * BK + tl.arange(0, BK)[None, :]
-                mine = (tl.arange(0, R)[:, None] == 0) & (k < C) & (tl.program_id(0) == 0)
-                tl.store(x_ptr + b * C + tl.arange(0, R)[:, None] * 0 + k, x[c], mask=mine)
-        else:
-            x = _activations(x_ptr + b * C, C, BK, R)
-        y = _layer_norm(x, norm_weight, norm_bias, eps, C, BK)
-        for g in tl.static_range(GROUPS):
-            n = first + g * R + tl.arange(0, R)
-            value = _product(w, y, g, CHUNKS) + bias[g]  # [R]
-            tl.store(q_ptr + b * C + n, value, mask=n < C)
-            m = n % C
-            head = (n // C - 1).to(tl.int64) * B * H + b * H + m // D
-            slot = (head * capacity + length) * D + m % D
-            tl.store(cache_ptr + slot, value.to(cache_ptr.dtype.element_ty), mask=(n >= C) & (n < 3 * C))
+    b = tl.program_id(1)
+    length = tl.load(lengths_ptr + b)
+    if IS_FIRST:
+        token = _activations(wte_ptr + tl.load(ids_ptr + b) * C, C, BK, R)
+        place = _activations(wpe_ptr + length.to(tl.int64) * C, C, BK, R)
+        x = ()
+        for c in tl.static_range(CHUNKS):
+            x += (token[c].to(tl.float32) + place[c].to(tl.float32),)
+            k = c * BK + tl.arange(0, BK)[None, :]
+            mine = (tl.arange(0, R)[:, None] == 0) & (k < C) & (tl.program_id(0) == 0)
+            tl.store(x_ptr + b * C + tl.arange(0, R)[:, None] * 0 + k, x[c], mask=mine)
+    else:
+        x = _activations(x_ptr + b * C, C, BK, R)
+    y = _layer_norm(x, norm_weight, norm_bias, eps, C, BK)
+    for g in tl.static_range(GROUPS):
+        n = first + g * R + tl.arange(0, R)
+        value = _product(w, y, g, CHUNKS) + bias[g]  # [R]
+        tl.store(q_ptr + b * C + n, value, mask=n < C)
+        m = n % C
+        head = (n // C - 1).to(tl.int64) * tl.num_programs(1) * H + b * H + m // D
+        slot = (head * capacity + length) * D + m % D
+        tl.store(cache_ptr + slot, value.to(cache_ptr.dtype.element_ty), mask=(n >= C) & (n < 3 * C))
 
 
 @triton.jit
 def _decode_attention_kernel(
     q_ptr,  # [B, C] fp32
     cache_ptr,  # [2, B, H, capacity, D]
-    lengths_ptr,  # [B] int32: without the new token
-    part_ptr,  # [B, H, splits, BLOCK_D] fp32
-    lse_ptr,  # [B, H, splits] fp32, log2 units
-    B,
+    lengths_ptr,  # [B] int32: without the new token, whose key and value the cache holds by now
+    o_ptr,  # [B, C] fp32
     H,
     capacity,
-    num_splits,
     scale_log2,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row's head against one split of its keys. The new token's are in the cache, but are loaded after the wait."""
+    """One row's head over all of its keys: the online softmax, tiles of keys and values asked for ahead."""
     _ask(PDL)
-    split = tl.program_id(0) % num_splits
-    head = (tl.program_id(0) // num_splits).to(tl.int64)  # of all rows'
-    length = tl.load(lengths_ptr + head // H)
-    slots = split * SPLIT + tl.arange(0, SPLIT)
+    head = tl.program_id(0).to(tl.int64)  # of all rows'
     d = tl.arange(0, BLOCK_D)
     keys = cache_ptr + head * capacity * D
-    values = keys + tl.cast(B, tl.int64) * H * capacity * D
-    held = (slots < length)[:, None] & (d < D)[None, :]
-    k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
-    v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
+    values = keys + tl.num_programs(0).to(tl.int64) * capacity * D
+    num_keys = tl.load(lengths_ptr + head // H) + 1
     _wait(PDL)
-    if split * SPLIT <= length:
-        here = (length // SPLIT == split) & (d < D)
-        new_k = tl.load(keys + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
-        new_v = tl.load(values + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
-        q = tl.load(q_ptr + head * D + d, mask=d < D, other=0.0) * scale_log2
-        is_new = (slots == length)[:, None]
-        k = tl.where(is_new, new_k[None, :], k)
-        v = tl.where(is_new, new_v[None, :], v)
-        s = tl.where(slots <= length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))  # [SPLIT]
-        m = tl.max(s, 0)
-        p = tl.exp2(s - m)
-        l = tl.sum(p, 0)
-        o = tl.sum(p[:, None] * v.to(tl.float32), 0) / l  # [BLOCK_D]
-        tl.store(part_ptr + (head * num_splits + split) * BLOCK_D + d, o)
-        tl.store(lse_ptr + head * num_splits + split, m + tl.log2(l))
+    q = tl.load(q_ptr + head * D + d, mask=d < D, other=0.0) * scale_log2  # [BLOCK_D]
+    m_i = float("-inf")
+    l_i = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for n in tl.range(0, num_keys, KEYS, num_stages=STAGES):
+        slots = n + tl.arange(0, KEYS)
+        held = (slots < num_keys)[:, None] & (d < D)[None, :]
+        k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [KEYS, BLOCK_D]
+        v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [KEYS, BLOCK_D]
+        s = tl.sum(k.to(tl.float32) * q[None, :], 1)  # [KEYS]
+        s = tl.where(slots < num_keys, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 0))
+        alpha = tl.exp2(m_i - m_new)
+        p = tl.exp2(s - m_new)
+        l_i = l_i * alpha + tl.sum(p, 0)
+        acc = acc * alpha + tl.sum(p[:, None] * v.to(tl.float32), 0)
+        m_i = m_new
+    tl.store(o_ptr + head * D + d, acc / l_i, mask=d < D)
 
 
 @triton.jit
-def _merged(
-    part_ptr,  # [B, H, splits, BLOCK_D] fp32
-    lse_ptr,  # [B, H, splits] fp32, log2 units
-    head,
-    length,
-    num_splits,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BK: tl.constexpr,
-    R: tl.constexpr,
-):
-    """A row's attention output [C] as _activations gives a row: its splits' outputs, weighted by their sums."""
-    CHUNKS: tl.constexpr = (C + BK - 1) // BK
-    m = ()
-    l = ()
-    acc = ()
-    for _ in tl.static_range(CHUNKS):
-        m += (tl.full([R, BK], float("-inf"), tl.float32),)
-        l += (tl.zeros([R, BK], tl.float32),)
-        acc += (tl.zeros([R, BK], tl.float32),)
-    for split in tl.range(0, length // SPLIT + 1):
-        m_before = m
-        l_before = l
-        acc_before = acc
-        m = ()
-        l = ()
-        acc = ()
-        for c in tl.static_range(CHUNKS):
-            n = c * BK + tl.arange(0, BK)[None, :]
-            inside = (tl.arange(0, R)[:, None] >= 0) & (n < C)
-            place = (head + n // D) * num_splits + split + tl.arange(0, R)[:, None] * 0
-            lse = tl.load(lse_ptr + place, mask=inside, other=0.0)
-            o = tl.load(part_ptr + place * BLOCK_D + n % D, mask=inside, other=0.0)
-            top = tl.maximum(m_before[c], lse)
-            alpha = tl.exp2(m_before[c] - top)
-            weight = tl.exp2(lse - top)
-            m += (top,)
-            l += (l_before[c] * alpha + weight,)
-            acc += (acc_before[c] * alpha + weight * o,)
-    x = ()
-    for c in tl.static_range(CHUNKS):
-        x += (acc[c] / l[c],)
-    return x
-
-
-@triton.jit
-def _decode_out_kernel(
-    part_ptr,  # [B, H, splits, BLOCK_D] fp32
-    lse_ptr,  # [B, H, splits] fp32, log2 units
-    lengths_ptr,  # [B] int32
-    w_ptr,  # [C, C]
+def _decode_add_kernel(
+    h_ptr,  # [B, K]
+    w_ptr,  # [C, K]
     bias_ptr,  # [C]
     x_ptr,  # [B, C] fp32
-    B,
-    H,
-    num_splits,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr,
+    C,
+    K: tl.constexpr,
     BK: tl.constexpr,
     R: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """x += h w^T + bias: what attention and the MLP add to the residual stream."""
     _ask(PDL)
     first = tl.program_id(0) * (GROUPS * R)
-    w = _weight_rows(w_ptr, first, C, C, BK, R, GROUPS)
+    w = _weight_rows(w_ptr, first, C, K, BK, R, GROUPS)
     bias = _vector(bias_ptr, first, C, R, GROUPS)
     _wait(PDL)
-    for b in tl.range(0, B):
-        o = _merged(part_ptr, lse_ptr, b * H, tl.load(lengths_ptr + b), num_splits, C, D, BLOCK_D, SPLIT, BK, R)
-        _add_product(w, o, bias, x_ptr + b * C, first, C, (C + BK - 1) // BK, R, GROUPS)
-
-
-@triton.jit
-def _add_product(w, x, bias, y_ptr, first, N, CHUNKS: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr):
-    """y [N] += w x + bias, for this program's rows of w."""
+    b = tl.program_id(1)
+    h = _activations(h_ptr + b * K, K, BK, R)
     for g in tl.static_range(GROUPS):
         n = first + g * R + tl.arange(0, R)
-        before = tl.load(y_ptr + n, mask=n < N, other=0.0)
-        tl.store(y_ptr + n, before + (_product(w, x, g, CHUNKS) + bias[g]), mask=n < N)
+        before = tl.load(x_ptr + b * C + n, mask=n < C, other=0.0)
+        y = _product(w, h, g, (K + BK - 1) // BK) + bias[g]
+        tl.store(x_ptr + b * C + n, before + y, mask=n < C)
 
 
 @triton.jit
@@ -251,7 +190,6 @@ def _decode_fc_kernel(
     w_ptr,  # [N, C]
     bias_ptr,  # [N], or None
     y_ptr,  # [B, N]
-    B,
     N,
     eps,
     C: tl.constexpr,
@@ -271,40 +209,16 @@ def _decode_fc_kernel(
     if bias_ptr is not None:
         bias = _vector(bias_ptr, first, N, R, GROUPS)
     _wait(PDL)
-    for b in tl.range(0, B):
-        y = _layer_norm(_activations(x_ptr + b * C, C, BK, R), norm_weight, norm_bias, eps, C, BK)
-        for g in tl.static_range(GROUPS):
-            n = first + g * R + tl.arange(0, R)
-            value = _product(w, y, g, (C + BK - 1) // BK)  # [R]
-            if bias_ptr is not None:
-                value += bias[g]
-            if GELU:
-                value = _gelu(value)
-            tl.store(y_ptr + b.to(tl.int64) * N + n, value.to(y_ptr.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def _decode_proj_kernel(
-    h_ptr,  # [B, K]
-    w_ptr,  # [C, K]
-    bias_ptr,  # [C]
-    x_ptr,  # [B, C] fp32
-    B,
-    C,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    R: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    _ask(PDL)
-    first = tl.program_id(0) * (GROUPS * R)
-    w = _weight_rows(w_ptr, first, C, K, BK, R, GROUPS)
-    bias = _vector(bias_ptr, first, C, R, GROUPS)
-    _wait(PDL)
-    for b in tl.range(0, B):
-        h = _activations(h_ptr + b * K, K, BK, R)
-        _add_product(w, h, bias, x_ptr + b * C, first, C, (K + BK - 1) // BK, R, GROUPS)
+    b = tl.program_id(1)
+    y = _layer_norm(_activations(x_ptr + b * C, C, BK, R), norm_weight, norm_bias, eps, C, BK)
+    for g in tl.static_range(GROUPS):
+        n = first + g * R + tl.arange(0, R)
+        value = _product(w, y, g, (C + BK - 1) // BK)  # [R]
+        if bias_ptr is not None:
+            value += bias[g]
+        if GELU:
+            value = _gelu(value)
+        tl.store(y_ptr + b.to(tl.int64) * N + n, value.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 def pack_layer(weights, packed=None):
@@ -318,22 +232,17 @@ def pack_layer(weights, packed=None):
 
 @dataclass
 class DecodeBuffers:
-    """What passes from kernel to kernel, for B rows of width C, H heads, and an inner width of `inner`."""
+    """What passes from kernel to kernel, for B rows of width C and an inner width of `inner`."""
 
     x: torch.Tensor  # [B, C] fp32
     q: torch.Tensor  # [B, C] fp32
+    o: torch.Tensor  # [B, C] fp32
     h: torch.Tensor  # [B, inner]
-    part: torch.Tensor  # [B, H, splits, BLOCK_D] fp32
-    lse: torch.Tensor  # [B, H, splits] fp32
 
     @classmethod
-    def make(cls, B, C, H, inner, capacity, dtype, device):
-        def empty(*shape, dtype=torch.float32):
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        splits, BLOCK_D = triton.cdiv(capacity, SPLIT), triton.next_power_of_2(C // H)
-        h = empty(B, inner, dtype=dtype)
-        return cls(empty(B, C), empty(B, C), h, empty(B, H, splits, BLOCK_D), empty(B, H, splits))
+    def make(cls, B, C, inner, dtype, device):
+        x, q, o = (torch.empty(B, C, dtype=torch.float32, device=device) for _ in range(3))
+        return cls(x, q, o, torch.empty(B, inner, dtype=dtype, device=device))
 
 
 def _pdl():
@@ -348,41 +257,34 @@ def _options(**rest):
     return options | ({"launch_pdl": True} if pdl else {})
 
 
-def _rows_plan(N, K, numbers, most=TILES, /, **rest):
-    """A program for as many rows of [N, K] as make `most` tiles."""
-    GROUPS = max(1, most // triton.cdiv(K, BK))
-    return (triton.cdiv(N, GROUPS * WARPS),), numbers, _options(BK=BK, R=WARPS, GROUPS=GROUPS, **rest), {}
+def _rows_plan(B, N, K, numbers, /, **rest):
+    """For each of B rows, programs for as many of the N rows of weights [N, K] as make TILES tiles."""
+    GROUPS = max(1, TILES // triton.cdiv(K, BK)) if N > K else 1
+    return (triton.cdiv(N, GROUPS * WARPS), B), numbers, _options(BK=BK, R=WARPS, GROUPS=GROUPS, **rest), {}
 
 
 def _qkv_plan(B, C, H, capacity, eps, is_first):
-    return _rows_plan(3 * C, C, (B, H, capacity, eps), C=C, D=C // H, IS_FIRST=is_first)
+    return _rows_plan(B, 3 * C, C, (H, capacity, eps), C=C, D=C // H, IS_FIRST=is_first)
 
 
 def _attention_plan(B, C, H, capacity, scale):
-    D, splits = C // H, triton.cdiv(capacity, SPLIT)
-    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), SPLIT=SPLIT)
-    return (B * H * splits,), (B, H, capacity, splits, scale * LOG2E), options, {}
-
-
-def _out_plan(B, C, H, capacity):
     D = C // H
-    shape = {"C": C, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLIT": SPLIT}
-    return _rows_plan(C, C, (B, H, triton.cdiv(capacity, SPLIT)), 1, **shape)
+    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), KEYS=KEYS, STAGES=STAGES)
+    return (B * H,), (H, capacity, scale * LOG2E), options, {}
+
+
+def _add_plan(B, C, inner):
+    return _rows_plan(B, C, inner, (C,), K=inner)
 
 
 def _fc_plan(B, C, N, eps, gelu):
-    return _rows_plan(N, C, (B, N, eps), C=C, GELU=gelu)
-
-
-def _proj_plan(B, C, K):
-    return _rows_plan(C, K, (B, C), K=K)
+    return _rows_plan(B, N, C, (N, eps), C=C, GELU=gelu)
 
 
 _launch_qkv = Launcher(_decode_qkv_kernel, _qkv_plan)
 _launch_attention = Launcher(_decode_attention_kernel, _attention_plan)
-_launch_out = Launcher(_decode_out_kernel, _out_plan)
+_launch_add = Launcher(_decode_add_kernel, _add_plan)
 _launch_fc = Launcher(_decode_fc_kernel, _fc_plan)
-_launch_proj = Launcher(_decode_proj_kernel, _proj_plan)
 
 
 def decode_step(ids, lengths, cache, layers, embeddings, final_norm, head, logits, buffers, num_heads, scales, eps):
@@ -393,13 +295,12 @@ def decode_step(ids, lengths, cache, layers, embeddings, final_norm, head, logit
     pack_layer. embeddings: wte, wpe. final_norm: a pair. head: [V, C]. scales: each layer's, of its scores.
     """
     B, C = buffers.x.shape
-    capacity = cache.shape[4]
-    shape = B, C, num_heads, capacity
+    shape = B, C, num_heads, cache.shape[4]
     for i, (ln_1, qkv, out, ln_2, fc, proj) in enumerate(layers):
         tensors = (*embeddings, ids, lengths, *ln_1, *qkv, buffers.x, buffers.q, cache[i])
         _launch_qkv(tensors, *shape, eps, i == 0)
-        _launch_attention((buffers.q, cache[i], lengths, buffers.part, buffers.lse), *shape, scales[i])
-        _launch_out((buffers.part, buffers.lse, lengths, *out, buffers.x), *shape)
+        _launch_attention((buffers.q, cache[i], lengths, buffers.o), *shape, scales[i])
+        _launch_add((buffers.o, *out, buffers.x), B, C, C)
         _launch_fc((buffers.x, *ln_2, *fc, buffers.h), B, C, fc[0].shape[0], eps, True)
-        _launch_proj((buffers.h, *proj, buffers.x), B, C, proj[0].shape[1])
+        _launch_add((buffers.h, *proj, buffers.x), B, C, proj[0].shape[1])
     _launch_fc((buffers.x, *final_norm, head, None, logits), B, C, head.shape[0], eps, False)

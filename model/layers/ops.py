@@ -57,7 +57,8 @@ def use_triton(kernels, x):
 def autocast_dtype(x):
     """What autocast computes in on x's device, or None where it is off or x is not fp32."""
     kind = x.device.type
-    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # torch.amp.is_autocast_available would be asked instead, but torch 2.11 cannot compile it.
+    if x.dtype != torch.float32 or kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

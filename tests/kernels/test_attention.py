@@ -472,6 +472,10 @@ def family_of(arch):
     return family(arch if arch.startswith("gfx") else int(arch.removeprefix("sm_")))
 
 
+# Bytes that these rows spill on sm_90, where they take less time on an H100 than every row tried that spills none.
+FASTER_THOUGH_SPILLED = {("dkdv", 128): 112, ("dq", 256): 48, ("dkdv", 256): 48}
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lanes.short)
@@ -487,10 +491,14 @@ def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
         "_attention_dq_kernel",
         "_attention_dkdv_kernel",
     }
-    known_bytes = 224 if triton.__version__.startswith("3.6.") else 208
     for kernel in kernels:
-        known = kernel.name == "_attention_dq_kernel" and dtype == F32 and head_dim == 256 and arch != "gfx942"
-        assert kernel.spilled <= (known_bytes if known else 0), kernel
+        direction = kernel.name.removeprefix("_attention_").removesuffix("_kernel")
+        known = 0
+        if dtype == F32 and (direction, head_dim) == ("dq", 256) and arch != "gfx942":
+            known = 224 if triton.__version__.startswith("3.6.") else 208
+        elif dtype != F32 and arch == "sm_90":
+            known = FASTER_THOUGH_SPILLED.get((direction, head_dim), 0)
+        assert kernel.spilled <= known, kernel
         assert kernel.shared <= compiling.SHARED_MEMORY[arch], kernel
 
 

