@@ -30,6 +30,7 @@ rehearse: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Runs the notebooks and stores what they print and draw, as their tests require.
 notebooks: $(INSTALLED)
@@ -49,4 +50,4 @@ $(INSTALLED): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pins .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pins .pytest_cache .ruff_cache .mypy_cache *.egg-info

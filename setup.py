@@ -35,7 +35,11 @@ setup(
     python_requires=">=3.10",
     cmdclass={"bdist_wheel": NoWheel, "install": NoInstall},
     packages=find_packages(include=["kernels*", "model*", "tokenizer*", "bench*"]),
-    package_data={"tokenizer": ["vocab.bpe", "LICENSE*"], "kernels": ["**/*.md"], "model": ["write/page.html"]},
+    package_data={
+        "": ["py.typed", "**/*.md"],
+        "tokenizer": ["vocab.bpe", "LICENSE*"],
+        "model": ["write/page.html"],
+    },
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
@@ -51,6 +55,7 @@ setup(
             "setuptools>=70.1",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
+            "mypy>=1.15",
             "hypothesis>=6.100",
             "transformers>=4.56",
             "tiktoken>=0.7",

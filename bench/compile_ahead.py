@@ -40,7 +40,7 @@ def units(commands):
     return [(label, call) for _, _, label, call in sorted(listed, key=lambda unit: unit[:2])]
 
 
-_units = []  # of this process
+_units: list = []  # of this process
 
 
 def _begin(commands):

@@ -53,8 +53,20 @@ QUICK = {
 # A CPU's step over these would take longer than all others together.
 LEFT_OUT_ON_CPU = {("training", B, T) for B, T in ((2, 512), (2, 1024), (4, 256), (4, 512), (4, 1024))}
 CPU_LIMIT_S = 3.0  # after so long on one case, no more than its second round
-COLUMNS = ("backend", "mode", "dtype", "B", "T", "median_ms", "p20_ms", "p80_ms", "host_us")
-COLUMNS += ("peak_memory_mb", "error", "status")
+COLUMNS = (
+    "backend",
+    "mode",
+    "dtype",
+    "B",
+    "T",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "host_us",
+    "peak_memory_mb",
+    "error",
+    "status",
+)
 
 
 def cases(args):

@@ -53,8 +53,25 @@ SIZES = {
 }
 LANE_ROWS = 16  # with so many rows ours is checked on a machine without a GPU
 
-COLUMNS = ("op", "provider", "mode", "dtype", "M", "N", "median_ms", "p20_ms", "p80_ms", "host_us", "graph_ms")
-COLUMNS += ("gb_per_s", "of_copy", "peak_memory_mb", "error", "lane", "status")
+COLUMNS = (
+    "op",
+    "provider",
+    "mode",
+    "dtype",
+    "M",
+    "N",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "host_us",
+    "graph_ms",
+    "gb_per_s",
+    "of_copy",
+    "peak_memory_mb",
+    "error",
+    "lane",
+    "status",
+)
 
 
 def _eager_add_layer_norm(x, residual, weight, bias):

@@ -46,8 +46,19 @@ from tokenizer import GPT2Tokenizer
 GPT2Tokenizer.from_pretrained("gpt2").encode("Hello")
 print(time.perf_counter() - start)
 """
-COLUMNS = ("mode", "text", "threads", "state", "tokenizer", "megabytes", "median_ms", "mb_per_s", "tokens_per_s")
-COLUMNS += ("x_tiktoken", "status")
+COLUMNS = (
+    "mode",
+    "text",
+    "threads",
+    "state",
+    "tokenizer",
+    "megabytes",
+    "median_ms",
+    "mb_per_s",
+    "tokens_per_s",
+    "x_tiktoken",
+    "status",
+)
 
 
 class Ours:

@@ -32,8 +32,21 @@ from model.training.optimizer import flops_per_token, peak_flops
 SIZES = {"cuda": ((8, 16, 32), (1024,)), "cpu": ((1, 2), (128,))}  # batches, lengths
 QUICK = {"cuda": ((4,), (256,)), "cpu": ((1,), (16,))}
 CPU_LIMIT_S = 3.0
-COLUMNS = ("backend", "size", "dtype", "B", "T", "median_ms", "p20_ms", "p80_ms", "tokens_per_s", "mfu")
-COLUMNS += ("peak_memory_mb", "error", "status")
+COLUMNS = (
+    "backend",
+    "size",
+    "dtype",
+    "B",
+    "T",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "tokens_per_s",
+    "mfu",
+    "peak_memory_mb",
+    "error",
+    "status",
+)
 
 
 def rows_of(args, providers, judged, B, T, lost=lambda name: None):

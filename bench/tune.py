@@ -57,8 +57,21 @@ ODD_T = 333  # of the second gate: tiles end inside it
 FINALISTS = 4
 MARGIN = 0.02  # a gain below it does not replace a row
 
-COLUMNS = ("direction", "dtype", "D", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "median_ms", "p20_ms", "p80_ms")
-COLUMNS += ("error", "chosen", "status")
+COLUMNS = (
+    "direction",
+    "dtype",
+    "D",
+    "BLOCK_M",
+    "BLOCK_N",
+    "num_warps",
+    "num_stages",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "error",
+    "chosen",
+    "status",
+)
 
 
 # Candidates and the choice among them

@@ -449,17 +449,17 @@ def check_loss(function, rows, V, target, class_weight, ignore_index, reduction,
 
 
 def cross_entropy(
-    logits,
-    target,
+    logits: torch.Tensor,
+    target: torch.Tensor,
     *,
-    ignore_index=-100,
-    reduction="mean",
-    inplace=False,
-    label_smoothing=0.0,
-    softcap=None,
-    lse_square_scale=0.0,
-    class_weight=None,
-):
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    inplace: bool = False,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    class_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Cross-entropy by Triton kernels, differentiable once; the semantics of torch's with class indices.
 
     logits: [M, V], fp16, bf16 or fp32, rows of unit stride, any V; read in place. target: int64 [M], in [0, V) or

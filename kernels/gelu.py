@@ -235,7 +235,7 @@ def _check(tensors):
         check_vector(function, x, "x", bias, "bias", may_be_fp32=True)
 
 
-def gelu(x):
+def gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form by a Triton kernel, differentiable once. Hendrycks and Gimpel, 2016, section 2.
 
     x: [..., N], fp16, bf16 or fp32, rows evenly spaced in memory and of unit stride (they are read in place).
@@ -246,7 +246,7 @@ def gelu(x):
     return _Gelu.apply(x) if needs_graph(x) else gelu_forward(x)
 
 
-def bias_gelu(x, bias):
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """gelu(x + bias) in one pass, and backward dbias with dx in one pass.
 
     x: as for gelu; bias: [N], of x's dtype, or fp32 beside an x of two bytes, as in mixed precision.

@@ -450,7 +450,14 @@ def _check(tensors, eps):
     check_number(function, eps, "eps", "at least 0 and finite", lambda eps: 0 <= eps < math.inf)
 
 
-def layer_norm(x, weight, bias, eps=1e-5, *, dtype=None):
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """LayerNorm over the last dimension by a Triton kernel, differentiable once. Ba, Kiros and Hinton, 2016.
 
     x: [..., N], rows evenly spaced in memory and of unit stride (they are read in place), N from 1 to 16384.
@@ -471,7 +478,16 @@ def layer_norm(x, weight, bias, eps=1e-5, *, dtype=None):
     return layer_norm_forward(x, weight, bias, *options)[0]
 
 
-def add_layer_norm(x, residual, weight, bias, eps=1e-5, *, dropout_p=0.0, dropout_seed=None):
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, total): total = residual + dropout(x), and y its LayerNorm, in one pass; differentiable once.
 
     x, residual: [..., N] of one shape; otherwise as layer_norm's x. The residual may be fp32 beside an x of two bytes,

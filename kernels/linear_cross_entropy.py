@@ -200,20 +200,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x,
-    weight,
-    target,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
     *,
-    bias=None,
-    ignore_index=-100,
-    reduction="mean",
-    chunk_rows=2048,
-    implementation="triton",
-    label_smoothing=0.0,
-    softcap=None,
-    lse_square_scale=0.0,
-    class_weight=None,
-):
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_rows: int = 2048,
+    implementation: str = "triton",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    class_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """cross_entropy(x weight^T + bias, target) without ever holding all logits; differentiable once.
 
     x: [M, C], fp16, bf16 or fp32, which is what is multiplied in: autocast does not reach inside. weight: [V, C] and

@@ -4,6 +4,9 @@ from model import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("gpt2")  # a GPT2
 """
 
+import os
+from typing import Any
+
 from model.config import GPT2Config
 from model.gpt2 import GPT2, GPT2Model
 from model.heads import GPT2ForQuestionAnswering, GPT2ForSequenceClassification, GPT2ForTokenClassification
@@ -12,19 +15,19 @@ from model.heads import GPT2ForQuestionAnswering, GPT2ForSequenceClassification,
 class _Auto:
     """Base: from_pretrained and from_config of the one class that there is to choose."""
 
-    model_class = None
+    model_class: Any = None
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_: Any, **__: Any) -> None:
         name = type(self).__name__
         raise TypeError(f"{name}: it has no instances; call {name}.from_pretrained(...) or {name}.from_config(...)")
 
     @classmethod
-    def from_pretrained(cls, name_or_path, **options):
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **options: Any) -> Any:
         """As the class's own. Raises ValueError where config.json is another model's."""
         return cls.model_class.from_pretrained(name_or_path, **options)
 
     @classmethod
-    def from_config(cls, config, **implementations):
+    def from_config(cls, config: GPT2Config, **implementations: Any) -> Any:
         """A model with new weights."""
         return cls.model_class(config, **implementations)
 
@@ -52,7 +55,7 @@ class AutoModelForQuestionAnswering(_Auto):
 class AutoConfig:
     """GPT2Config under the name of its Auto class."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise TypeError("AutoConfig: it has no instances; call AutoConfig.from_pretrained(name_or_path)")
 
     from_pretrained = GPT2Config.from_pretrained

@@ -6,7 +6,9 @@ needs of them is made once for all layers of a forward pass, and a decode step c
 """
 
 import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -64,7 +66,15 @@ class KVCache:
     bit-identical to one after the other.
     """
 
-    def __init__(self, config, batch_size, *, capacity=STEP, device=None, dtype=None):
+    def __init__(
+        self,
+        config: GPT2Config,
+        batch_size: int,
+        *,
+        capacity: int = STEP,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if not isinstance(config, GPT2Config):
             raise TypeError(f"KVCache: config is {brief(config)}; it must be a GPT2Config")
         check_number("KVCache", batch_size, "batch_size", "from 0 to 2**31", lambda n: 0 <= n <= 2**31, integer=True)
@@ -81,38 +91,40 @@ class KVCache:
         # Zeros: where rows differ in length, weights that are 0 meet values that were never written; 0 * NaN is NaN.
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
-        self.starts = None
-        self.cross, self.encoder = {}, None
+        self.starts: list[int] | None = None
+        self.cross: dict[int, tuple] = {}
+        self.encoder: Any = None
+        self._places: Any = None
         self.one_query_at_a_time = False
         self._forget_device()
 
     @property
-    def batch_size(self):
+    def batch_size(self) -> int:
         return self.data.shape[2]
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         return self.data.shape[4]
 
     @property
-    def tokens(self):
+    def tokens(self) -> list[int]:
         """How many tokens each row holds, padding before them not counted."""
         return [length - start for length, start in zip(self.lengths, self.starts or [0] * self.batch_size)]
 
     @property
-    def is_uniform(self):
+    def is_uniform(self) -> bool:
         """Whether all rows are equally long."""
         return len(set(self.lengths)) <= 1
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
         """The length of the longest row."""
         return max(self.lengths, default=0)
 
-    def positions(self, T):
+    def positions(self, T: int) -> torch.Tensor:
         """The positions [B, T] of the T tokens that reserve() made room for, where rows differ in length."""
         return self._places[1]
 
-    def reserve(self, T):
+    def reserve(self, T: int) -> None:
         """Makes room for T more tokens in the longest row and computes their slots, once for all layers.
 
         Raises ValueError where n_positions has no room.
@@ -136,14 +148,16 @@ class KVCache:
         if self.starts is not None:
             self._bounds["kv_start"] = self._on_device("starts")
 
-    def move(self, data):
+    def move(self, data: torch.Tensor) -> None:
         """Moves the cache to the memory `data`, which may have more slots; the tokens held are copied."""
         held = self.get_seq_length()
         data[..., :held, :].copy_(self.data[..., :held, :])
         data[..., held:, :].zero_()
         self.data = data
 
-    def attend(self, layer, q, k, v, counts, **options):
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: list[int], **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Appends k and v [B, H, T, D]; attention of q over all keys held.
 
         counts: how many of the T tokens of each row are tokens; the rest is padding on the right, whose o means
@@ -158,16 +172,16 @@ class KVCache:
         longest = self.get_seq_length() + T
         return attention(q, keys[:, :, :longest], values[:, :, :longest], **self._bounds, **options)
 
-    def advance(self, counts):
+    def advance(self, counts: list[int]) -> None:
         """Adds counts to lengths, once every layer has stored its keys and values."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
 
-    def crop(self, lengths):
+    def crop(self, lengths: int | list[int]) -> None:
         """Truncates rows to `lengths` (an int, or one per row); a negative number counts from the end."""
         lengths = [lengths] * self.batch_size if isinstance(lengths, int) else lengths
         self.lengths = [min(old, new if new >= 0 else old + new) for old, new in zip(self.lengths, lengths)]
 
-    def reorder(self, rows):
+    def reorder(self, rows: Sequence[int] | torch.Tensor) -> None:
         """Row b becomes what row rows[b] was; `rows` may repeat, leave out, and change the number of rows."""
         index = torch.as_tensor(rows, device=self.data.device)
         self.data = self.data.index_select(2, index)
@@ -184,14 +198,14 @@ class KVCache:
             bounds = {"kv_start": self.encoder.kv_start[index], "kv_end": self.encoder.kv_end[index]}
             self.encoder = replace(self.encoder, **bounds)
 
-    def reset(self):
+    def reset(self) -> None:
         """Empties the cache and keeps its memory."""
         self.lengths = [0] * self.batch_size
         self.starts = None
         self.cross, self.encoder = {}, None
 
     @classmethod
-    def from_layers(cls, config, layers):
+    def from_layers(cls, config: GPT2Config, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> "KVCache":
         """A cache that begins with other tensors' tokens: for each layer (keys, values), each [B, H, T, D], copied.
 
         Of a transformers cache: KVCache.from_layers(config, [(layer.keys, layer.values) for layer in cache.layers]).
@@ -215,13 +229,13 @@ class KVCache:
         cache.advance([shape[2]] * shape[0])
         return cache
 
-    def select(self, rows):
+    def select(self, rows: Sequence[int] | torch.Tensor) -> "KVCache":
         """A cache with memory of its own in which row b is this one's rows[b]."""
         copied = copy.copy(self)
         copied.reorder(rows)
         return copied
 
-    def row(self, b):
+    def row(self, b: int) -> "KVCache":
         """A view of row b as a cache: shared memory until one of them grows, its own lengths."""
         view = object.__new__(KVCache)
         view.__dict__.update(self.__dict__, data=self.data[:, :, b : b + 1], lengths=[self.lengths[b]])

@@ -6,8 +6,10 @@ Source: transformers.GPT2Config (5.x); the five sizes are those of the GPT-2 pap
 import functools
 import json
 import math
+import os
 import warnings
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -187,39 +189,39 @@ class GPT2Config:
         self.warn_of_special_tokens()
 
     @classmethod
-    def preset(cls, name, **overrides):
+    def preset(cls, name: str, **overrides: Any) -> "GPT2Config":
         """The config of a published size: distilgpt2, gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
         if name not in PRESETS:
             raise ValueError(f"GPT2Config.preset: unknown size {name!r}; choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
     @property
-    def inner_dim(self):
+    def inner_dim(self) -> int:
         """Width of the MLP's hidden layer."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     @property
-    def num_labels(self):
-        return len(self.id2label)
+    def num_labels(self) -> int:
+        return len(self.id2label or {})
 
     @num_labels.setter
-    def num_labels(self, count):
+    def num_labels(self, count: int) -> None:
         if not is_integer(count, 1) or count > MOST_LABELS:
             raise ValueError(f"GPT2Config: num_labels is {brief(count)}; it must be from 1 to {MOST_LABELS}")
-        if count != len(self.id2label):
+        if count != len(self.id2label or {}):
             self.id2label = {i: f"LABEL_{i}" for i in range(count)}
             self.label2id = {label: i for i, label in self.id2label.items()}
 
     @classmethod
-    def names(cls):
+    def names(cls) -> set[str]:
         """The fields of a config.json, their aliases among them."""
         return {f.name for f in fields(cls)} - {"extra"} | ALIASES.keys() | {"num_labels", *UNDECLARED}
 
-    def validate(self):
+    def validate(self) -> None:
         """Raises ValueError or TypeError, naming the field, where the values describe no GPT-2 that could be built."""
         for name in _POSITIVE + (() if self.n_inner is None else ("n_inner",)):
             self._require(name, is_integer(getattr(self, name), 1), "a positive integer")
@@ -262,11 +264,11 @@ class GPT2Config:
         if not fulfilled:
             raise ValueError(f"GPT2Config: {name} is {brief(getattr(self, name))}; it must be {what}")
 
-    def special_tokens(self):
+    def special_tokens(self) -> dict:
         """The ids of bos, eos (perhaps several) and pad, by field: a list each."""
         return {name: token_list(getattr(self, name)) for name in SPECIAL_TOKENS}
 
-    def warn_of_special_tokens(self, stacklevel=5):  # 5: whoever called GPT2Config
+    def warn_of_special_tokens(self, stacklevel: int = 5) -> None:  # 5: whoever called GPT2Config
         """Warns of special ids outside the vocabulary, which generation would wait for, or pad with, in vain."""
         outside = [name for name, ids in self.special_tokens().items() if any(i >= self.vocab_size for i in ids)]
         if outside:
@@ -279,12 +281,12 @@ class GPT2Config:
             )
 
     @classmethod
-    def from_dict(cls, values, **overrides):
+    def from_dict(cls, values: dict, **overrides: Any) -> "GPT2Config":
         """A config from the keys of a config.json; keys that are no field are kept in `extra`."""
         return cls(**cls.sorted_keys({**values, **overrides}))
 
     @classmethod
-    def sorted_keys(cls, values):
+    def sorted_keys(cls, values: dict) -> dict:
         """The keys of a config.json as the constructor's arguments: what is no field stands in `extra`."""
         values = dict(values)
         model_type = values.pop("model_type", "gpt2")
@@ -303,33 +305,40 @@ class GPT2Config:
         return {**known, "extra": {**values.get("extra", {}), **extra}}
 
     @classmethod
-    def from_json_file(cls, path, **overrides):
+    def from_json_file(cls, path: str | os.PathLike, **overrides: Any) -> "GPT2Config":
         """Reads a config.json. Raises ValueError if it is not a JSON object."""
         with blame(path):
             return cls.from_dict(read_json_object(path), **overrides)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *, revision=None, cache_dir=None, local_files_only=False, token=None, **kw
-    ):
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **kw: Any,
+    ) -> Any:
         """Reads the config.json of a directory or of a Hugging Face Hub repository; `kw` overrides its fields."""
         source = Source(pretrained_model_name_or_path, revision, cache_dir, local_files_only, token)
         return cls.from_json_file(source.require("config.json"), **kw)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Every field and every kept key, as config.json holds them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         values["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return {**self.extra, **values, "model_type": self.model_type}
 
-    def attention_scale(self, layer_idx):
+    def attention_scale(self, layer_idx: int) -> float:
         """What a layer's scores are multiplied by."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer_idx + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
-    def to_json_string(self):
+    def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes config.json into the directory, which is created if need be."""
         save_config(directory, self.to_dict())

@@ -6,6 +6,7 @@ Face's, so state dicts transfer both ways. B rows, T tokens, C = n_embd, H heads
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from kernels.checks import check_number
 from model.attention import attention, check_attention_name, self_attention, split_heads
 from model.cache import KVCache
 from model.checkpoints.pretrained import PretrainedModel
+from model.config import GPT2Config
 from model.generation.generate import GenerationMixin
 from model.inputs import (
     Padding,
@@ -204,7 +206,9 @@ class GPT2Model(PretrainedModel):
     kernel_implementation: "auto", "triton" or "torch", for LayerNorm, GELU and the loss: model/layers/ops.py.
     """
 
-    def __init__(self, config, *, attn_implementation="auto", kernel_implementation="auto"):
+    def __init__(
+        self, config: GPT2Config, *, attn_implementation: str = "auto", kernel_implementation: str = "auto"
+    ) -> None:
         super().__init__(config)
         self.set_attn_implementation(attn_implementation)
         self.kernel_implementation = check_kernels_name(kernel_implementation)
@@ -218,25 +222,25 @@ class GPT2Model(PretrainedModel):
         self.set_kernel_implementation(kernel_implementation)
         init_weights(self, config)
 
-    def set_attn_implementation(self, name):
+    def set_attn_implementation(self, name: str) -> None:
         """Chooses the attention backend of every layer."""
         self.attn_implementation = check_attention_name(name)
 
     def forward(
         self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        return_dict=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> Any:
         """input_ids [B, T] or inputs_embeds [B, T, C] to a BaseModelOutput.
 
         attention_mask: [B, T], 1 for tokens and 0 for padding on either side; a mask with holes raises ValueError.
@@ -284,7 +288,8 @@ class GPT2Model(PretrainedModel):
             cache.reserve(T)
         encoder = encoder_of(config, encoder_hidden_states, encoder_attention_mask, B, cache, self.dtype)
 
-        hidden_states, attentions = [], []
+        hidden_states: list = []
+        attentions: Any = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             x = self._embed(input_ids, position_ids, token_type_ids, inputs_embeds, cache)  # [B, T, C]
             context = {
@@ -296,7 +301,8 @@ class GPT2Model(PretrainedModel):
             }
             plain = output_attentions or encoder is not None
             whole = Blocks.of(x, config.head_dim, self.attn_implementation, padding, cache, plain=plain)
-            blocks, y = list(self.h), None  # y: the next norm of x, where the block before has computed it
+            blocks: list[Any] = list(self.h)
+            y = None  # the next norm of x, where the block before has computed it
             for block, after in zip(blocks, [*blocks[1:], None]):
                 hidden_states.append(x)
                 if is_plain(block, Block):
@@ -376,7 +382,9 @@ class GPT2Model(PretrainedModel):
 class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
     """GPT-2 with its language-modelling head, which shares wte's weight if config.tie_word_embeddings."""
 
-    def __init__(self, config, *, attn_implementation="auto", kernel_implementation="auto"):
+    def __init__(
+        self, config: GPT2Config, *, attn_implementation: str = "auto", kernel_implementation: str = "auto"
+    ) -> None:
         super().__init__(config)
         self.transformer = GPT2Model(
             config, attn_implementation=attn_implementation, kernel_implementation=kernel_implementation
@@ -386,7 +394,7 @@ class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
             self.lm_head.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
             init_weights(self.lm_head, config)
 
-    def tie_weights(self):
+    def tie_weights(self) -> None:
         """Makes lm_head and wte one parameter, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
@@ -399,27 +407,27 @@ class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):
             self.lm_head.weight = self.transformer.wte.weight
         return self
 
-    def set_attn_implementation(self, name):
+    def set_attn_implementation(self, name: str) -> None:
         self.transformer.set_attn_implementation(name)
 
     def forward(
         self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        return_dict=None,
-        logits_to_keep=0,
-        return_logits=True,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> Any:
         """As GPT2Model, to a CausalLMOutput with logits [B, T, V] and, if labels [B, T] are given, the loss.
 
         labels are shifted here, so labels=input_ids trains the model to predict the next token; -100 is ignored.

@@ -5,11 +5,15 @@ checkpoint has no such head: from_pretrained then initialises it, and the logger
 the new keys. Losses are computed in fp32. B rows, T tokens, C = n_embd, V = vocab_size, K = num_labels, N choices.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.cache import KVCache
 from model.checkpoints.pretrained import PretrainedModel
+from model.config import GPT2Config
 from model.gpt2 import GPT2, GPT2Model
 from model.inputs import LABELS, check_inputs, check_range, check_shape
 from model.layers.initialisation import init_weights
@@ -77,29 +81,31 @@ class SequenceSummary(nn.Module):
 class GPT2DoubleHeadsModel(_Headed, GPT2):
     """The language model and, beside its head, one that scores choices. Sets config.num_labels to 1."""
 
-    head_name = "multiple_choice_head"
+    head_name: str = "multiple_choice_head"
 
-    def __init__(self, config, *, attn_implementation="auto", kernel_implementation="auto"):
+    def __init__(
+        self, config: GPT2Config, *, attn_implementation: str = "auto", kernel_implementation: str = "auto"
+    ) -> None:
         super().__init__(config, attn_implementation=attn_implementation, kernel_implementation=kernel_implementation)
         config.num_labels = 1
         self.multiple_choice_head = SequenceSummary(config)
         init_weights(self.multiple_choice_head, config)
 
-    def forward(
+    def forward(  # type: ignore[override]  # its arguments and their order are transformers'
         self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        mc_token_ids=None,
-        labels=None,
-        mc_labels=None,
-        use_cache=None,
-        return_dict=None,
-        **options,
-    ):
+        input_ids: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mc_token_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mc_labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """input_ids [B, N, T], of N choices, to a DoubleHeadsOutput: logits [B, N, T, V], mc_logits [B, N].
 
         Without the N, the rows are the choices of one question. mc_token_ids [B, N]: the token of each choice that
@@ -127,7 +133,7 @@ class GPT2DoubleHeadsModel(_Headed, GPT2):
         ids, embeds = _rows(input_ids, 1), _rows(inputs_embeds, 2)
         hidden = self._hidden(ids, past_key_values, mask, types, positions, embeds, use_cache, options)
         x = hidden.last_hidden_state  # [B * N, T, C]
-        shape = tuple(inputs_embeds.shape[:-1] if input_ids is None else input_ids.shape)
+        shape = tuple(input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1])  # type: ignore[union-attr]
         if labels is not None:
             check_shape("labels", labels, shape)
             check_range("labels", labels, self.config.vocab_size, ignored=-100)
@@ -153,7 +159,17 @@ class GPT2DoubleHeadsModel(_Headed, GPT2):
 class _Classifier(_Headed, PretrainedModel):
     """The transformer and one linear layer, called `head_name`."""
 
-    def __init__(self, config, outputs, bias=True, *, attn_implementation="auto", kernel_implementation="auto"):
+    head_name: str
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        outputs: int,
+        bias: bool = True,
+        *,
+        attn_implementation: str = "auto",
+        kernel_implementation: str = "auto",
+    ) -> None:
         super().__init__(config)
         if outputs < 1:
             raise ValueError(f"{type(self).__name__}: num_labels is {outputs}; it must be at least 1")
@@ -164,31 +180,31 @@ class _Classifier(_Headed, PretrainedModel):
         init_weights(head, config)
         self.add_module(self.head_name, head)
 
-    def set_attn_implementation(self, name):
+    def set_attn_implementation(self, name: str) -> None:
         self.transformer.set_attn_implementation(name)
 
 
 class GPT2ForSequenceClassification(_Classifier):
     """K scores for each row, from its last token."""
 
-    head_name = "score"
+    head_name: str = "score"
 
-    def __init__(self, config, **implementations):
+    def __init__(self, config: GPT2Config, **implementations: Any) -> None:
         super().__init__(config, config.num_labels, bias=False, **implementations)
 
     def forward(
         self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        return_dict=None,
-        **options,
-    ):
+        input_ids: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """input_ids [B, T] to a SequenceClassifierOutput with logits [B, K].
 
         A row's last token is the attention_mask's last 1; without a mask, the last id that is not config.pad_token_id;
@@ -240,26 +256,26 @@ class GPT2ForSequenceClassification(_Classifier):
 class GPT2ForTokenClassification(_Classifier):
     """K scores for each token. Dropout before them: config.classifier_dropout, else hidden_dropout, else 0.1."""
 
-    head_name = "classifier"
+    head_name: str = "classifier"
 
-    def __init__(self, config, **implementations):
+    def __init__(self, config: GPT2Config, **implementations: Any) -> None:
         super().__init__(config, config.num_labels, **implementations)
-        given = (config.classifier_dropout, config.hidden_dropout, 0.1)
+        given = [*(getattr(config, name) for name in ("classifier_dropout", "hidden_dropout")), 0.1]
         self.dropout = nn.Dropout(next(p for p in given if p is not None))
 
     def forward(
         self,
-        input_ids=None,
-        past_key_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        return_dict=None,
-        **options,
-    ):
+        input_ids: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """input_ids [B, T] to a TokenClassifierOutput with logits [B, T, K]; labels [B, T], -100 is ignored."""
         name = "GPT2ForTokenClassification"
         check_inputs(name, self.device, LABELS, labels=labels, use_cache=use_cache, return_dict=return_dict)
@@ -276,23 +292,23 @@ class GPT2ForTokenClassification(_Classifier):
 class GPT2ForQuestionAnswering(_Classifier):
     """Two scores for each token: as the first of the answer, and as its last."""
 
-    head_name = "qa_outputs"
+    head_name: str = "qa_outputs"
 
-    def __init__(self, config, **implementations):
+    def __init__(self, config: GPT2Config, **implementations: Any) -> None:
         super().__init__(config, 2, **implementations)
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        start_positions=None,
-        end_positions=None,
-        return_dict=None,
-        **options,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """input_ids [B, T] to a QuestionAnsweringOutput with start_logits and end_logits [B, T].
 
         start_positions and end_positions, [B] each, give the loss. As in transformers, one that lies after the last

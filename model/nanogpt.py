@@ -1,22 +1,33 @@
 """The methods that whoever comes from nanoGPT looks for on a model."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from kernels.checks import check_number
-from model.config import brief
+from model.config import GPT2Config, brief
 
 
 class NanoGPTNames:
     """For a model with `transformer` and `config`."""
 
-    def get_num_params(self, non_embedding=True):
+    # Of the model.
+    config: GPT2Config
+    device: torch.device
+    transformer: Any
+    num_parameters: Callable[..., Any]
+    release_graphs: Callable[..., Any]
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters, without position embeddings; token embeddings count, as the head's weights."""
         return self.num_parameters() - (self.transformer.wpe.weight.numel() if non_embedding else 0)
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type=None):
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str | None = None
+    ) -> torch.optim.Optimizer:
         """AdamW with decay for matrices and embeddings alone. device_type: the model's, which need not be said."""
         from model.training.optimizer import adamw
 
@@ -27,7 +38,7 @@ class NanoGPTNames:
         options = {"weight_decay": weight_decay, "betas": betas, "function": "configure_optimizers"}
         return adamw(self, lr=learning_rate, **options)
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=None):
+    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None) -> float:
         """The share of the device's FLOP/s that `fwdbwd_per_iter` sequences of n_positions in dt seconds used.
 
         peak_flops: of the device; by default its data sheet's for 16-bit products. nanoGPT's is always an A100's.
@@ -44,7 +55,7 @@ class NanoGPTNames:
         T = self.config.n_positions
         return optimizer.flops_per_token(self, T) * T * fwdbwd_per_iter / dt / peak
 
-    def crop_block_size(self, block_size):
+    def crop_block_size(self, block_size: int) -> None:
         """Shortens the model to `block_size` positions, in place."""
         most = self.config.n_positions
         check_number(

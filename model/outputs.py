@@ -38,10 +38,10 @@ class ModelOutput(Mapping):
     def __iter__(self):
         return (f.name for f in fields(self) if getattr(self, f.name) is not None)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def to_tuple(self):
+    def to_tuple(self) -> tuple:
         return tuple(self.values())
 
 

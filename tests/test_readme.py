@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("kernels", "model", "tokenizer", "bench")
-LEFT_OUT = {"__pycache__", "__init__.py", "results"}  # results/ is named as a whole
+LEFT_OUT = {"__pycache__", "__init__.py", "py.typed", "results"}  # results/ is named as a whole
 
 
 def listed(tree):

@@ -1,5 +1,8 @@
 """AutoTokenizer and the page's other names of tokenizers: all of them GPT2Tokenizer, or an error that says why not."""
 
+import os
+from typing import Any
+
 from . import files
 from .gpt2 import GPT2Tokenizer
 
@@ -13,11 +16,11 @@ _ELSEWHERE = {
 class AutoTokenizer:
     """The tokenizer of a directory or of a Hub repository, which must be GPT-2's."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise TypeError("AutoTokenizer: it has no instances; call AutoTokenizer.from_pretrained(name_or_path)")
 
     @staticmethod
-    def from_pretrained(pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "GPT2Tokenizer":
         """As GPT2Tokenizer.from_pretrained. Raises ValueError where the files say that they are another model's."""
         hub = {name: kwargs.get(name) for name in ("revision", "cache_dir", "token")}
         hub["local_files_only"] = kwargs.get("local_files_only", False)

@@ -1,6 +1,7 @@
 """What calling a tokenizer does beyond encoding: pairs, truncation, padding, and rows as lists, arrays or tensors."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from . import checks
 
@@ -11,14 +12,22 @@ PADDING["do_not_pad"] = None
 TRUNCATION = {True: "longest_first", False: None, "do_not_truncate": None}
 TRUNCATION |= {name: name for name in ("longest_first", "only_first", "only_second")}
 # What a tokenizer makes, as opposed to what a caller's own rows hold beside it, such as labels.
-COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length")
-COLUMNS += ("overflow_to_sample_mapping",)
+COLUMNS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "special_tokens_mask",
+    "offset_mapping",
+    "length",
+    "overflow_to_sample_mapping",
+)
 
 
 class BatchEncoding(dict):
     """`input_ids`, `attention_mask` and what else was asked for. Unpacks with **, reads as attributes too."""
 
-    _tokenizer, _rows = None, ()
+    _tokenizer: Any = None
+    _rows: Sequence = ()
 
     def __getattr__(self, name):
         try:
@@ -30,20 +39,20 @@ class BatchEncoding(dict):
         """Sent to another process it leaves the tokenizer behind."""
         return BatchEncoding, (dict(self),)
 
-    def to(self, device, non_blocking=False):
+    def to(self, device: Any, non_blocking: bool = False) -> "BatchEncoding":
         """Moves the tensors to a device, in place, and returns itself, as in Hugging Face."""
         for name, value in self.items():
             if hasattr(value, "to"):
                 self[name] = value.to(device, non_blocking=non_blocking)
         return self
 
-    def tokens(self, batch_index=0):
+    def tokens(self, batch_index: int = 0) -> list[str]:
         """The tokens of a row, as spelled in `vocab.json`, padding included."""
         row = self._row(batch_index, "tokens")
         ids = self["input_ids"] if len(self._rows) == 1 and not _has_rows(self["input_ids"]) else self["input_ids"][row]
         return self._tokenizer.convert_ids_to_tokens(ids)
 
-    def sequence_ids(self, batch_index=0):
+    def sequence_ids(self, batch_index: int = 0) -> list:
         """Of each token of a row: 0 if it is of the text, 1 if of its pair, None if it is padding."""
         left, first, second, right = self._rows[self._row(batch_index, "sequence_ids")]
         return [None] * left + [0] * first + [1] * second + [None] * right

@@ -1,13 +1,15 @@
 """GPT2Tokenizer: the names and meanings of Hugging Face's tokenizer and of tiktoken's, in one class."""
 
+import os
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
+from typing import Any
 
 from . import batch, checks, files
 from .batch import SIDES
 from .bpe import BytePairEncoder
 from .long_text.borders import FinePieces
 from .long_text.memo import Memo
-from .named_tokens import NamedTokens
 from .special import ROLES, Role, RoleId, Setting, partition, split
 from .stream import StreamDecoder
 from .tiktoken_names import TiktokenNames
@@ -22,7 +24,7 @@ def _length_or_none(value, function, name):
     return None if value is None else checks.whole(value, function, name, 1)
 
 
-class GPT2Tokenizer(NamedTokens, TiktokenNames):
+class GPT2Tokenizer(TiktokenNames):
     """Byte-level BPE with GPT-2's pattern, for GPT-2's vocabulary or another one.
 
     Any str without lone surrogates encodes, and decodes to itself. Threads may share a tokenizer but gain no speed, for
@@ -46,16 +48,16 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
 
     def __init__(
         self,
-        vocabulary=None,
+        vocabulary: Any = None,
         *,
-        errors="replace",
-        model_max_length=None,
-        padding_side="right",
-        truncation_side="right",
-        add_prefix_space=False,
-        additional_special_tokens=(),
-        **roles,
-    ):
+        errors: str = "replace",
+        model_max_length: int | None = None,
+        padding_side: str | None = "right",
+        truncation_side: str = "right",
+        add_prefix_space: bool = False,
+        additional_special_tokens: Sequence[str] = (),
+        **roles: Any,
+    ) -> None:
         if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
             raise TypeError(f"GPT2Tokenizer: vocabulary is {checks.kind(vocabulary)}; it must be a Vocabulary or None")
         self.name = "gpt2" if vocabulary is None else ""
@@ -65,7 +67,7 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         self.special_tokens = {**vocabulary.special, **vocabulary.own}
         self.own_special_tokens = dict(vocabulary.own)  # of the user's own, recognised in text without being asked
         self.added_tokens = dict(vocabulary.added)  # added, but not special
-        self.other_settings = {}  # of a tokenizer_config.json, kept for the next one
+        self.other_settings: dict = {}  # of a tokenizer_config.json, kept for the next one
         self.vocab_size = len(vocabulary.names) + len(vocabulary.special)
 
         ordinary = vocabulary.token_bytes()
@@ -81,7 +83,7 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         unknown = [role for role in roles if role not in ROLES]
         if unknown:
             raise TypeError(f"GPT2Tokenizer: unexpected argument {unknown[0]!r}")
-        self.roles = {}
+        self.roles: dict[str, str] = {}
         if END_OF_TEXT in self.special_tokens:
             roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) | roles
         for role in ROLES:
@@ -105,14 +107,14 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | os.PathLike,
         *,
-        revision=None,
-        cache_dir=None,
-        token=None,
-        local_files_only=False,
-        **kwargs,
-    ):
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> "GPT2Tokenizer":
         """Loads GPT-2's own vocabulary ("gpt2", its sizes, "distilgpt2": no network), a directory, or a hub repository.
 
         A directory or repository holds `tokenizer.json`, or `vocab.json` and `merges.txt`, of a byte-level BPE with
@@ -142,7 +144,15 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         return loaded
 
     @classmethod
-    def train(cls, texts, vocab_size, *, special_tokens=(END_OF_TEXT,), progress=True, **kwargs):
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        *,
+        special_tokens: Sequence[str] = (END_OF_TEXT,),
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> "GPT2Tokenizer":
         """Learns a vocabulary from texts (an iterable of str): 256 bytes, merges, special tokens; vocab_size in all.
 
         The most frequent pair merges first; among equals, the one with the smaller left, then right, id. Stops early
@@ -169,11 +179,11 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         return cls(vocabulary_from_merges(learned, special_tokens, consistent=True), **kwargs)
 
     @property
-    def name_or_path(self):
+    def name_or_path(self) -> str:
         """What it was loaded from; tiktoken calls it `name`."""
         return self.name
 
-    def save_vocabulary(self, save_directory, filename_prefix=None):
+    def save_vocabulary(self, save_directory: str | os.PathLike, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes `vocab.json` and `merges.txt`; returns their paths."""
         checks.path(save_directory, "GPT2Tokenizer.save_vocabulary", "save_directory")
         if filename_prefix is not None:
@@ -184,14 +194,14 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
                 )
         return files.save_vocabulary(self, save_directory, filename_prefix)
 
-    def save_pretrained(self, save_directory):
+    def save_pretrained(self, save_directory: str | os.PathLike) -> tuple[str, ...]:
         """Writes what AutoTokenizer and `from_pretrained` load, whole or not at all; returns the files' paths."""
         checks.path(save_directory, "GPT2Tokenizer.save_pretrained", "save_directory")
         return files.save_pretrained(self, save_directory)
 
     # Text to ids
 
-    def encode_ordinary(self, text):
+    def encode_ordinary(self, text: str) -> list[int]:
         """Ids (list[int]) of text; special and added tokens in it are text like any other."""
         if not isinstance(text, str):
             checks.text(text, "GPT2Tokenizer.encode_ordinary")
@@ -202,14 +212,14 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
 
     def encode(
         self,
-        text,
-        text_pair=None,
+        text: Any,
+        text_pair: Any = None,
         *,
-        add_special_tokens=True,
-        allowed_special=None,
-        disallowed_special="all",
-        **options,
-    ):
+        add_special_tokens: bool = True,
+        allowed_special: Any = None,
+        disallowed_special: Any = "all",
+        **options: Any,
+    ) -> list[int]:
         """Ids (list[int]; with return_tensors a [1, T] tensor) of text, and of its pair behind it.
 
         Special tokens follow tiktoken: text that contains one raises ValueError, unless it is in `allowed_special` (a
@@ -231,32 +241,32 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         special = {"allowed_special": allowed_special, "disallowed_special": disallowed_special}
         return self(text, text_pair, **special, **options)["input_ids"]
 
-    def encode_batch(self, text, **special):
+    def encode_batch(self, text: Iterable[str], **special: Any) -> list[list[int]]:
         """A list of `encode(text, **special)` of a list of texts."""
         return [self.encode(one, **special) for one in checks.texts(text, "GPT2Tokenizer.encode_batch", "text")]
 
     def __call__(
         self,
-        text,
-        text_pair=None,
+        text: Any,
+        text_pair: Any = None,
         *,
-        add_special_tokens=True,
-        padding=False,
-        truncation=None,
-        max_length=None,
-        stride=0,
-        pad_to_multiple_of=None,
-        padding_side=None,
-        return_tensors=None,
-        return_token_type_ids=False,
-        return_attention_mask=True,
-        return_overflowing_tokens=False,
-        return_special_tokens_mask=False,
-        return_offsets_mapping=False,
-        return_length=False,
-        allowed_special=None,
-        disallowed_special="all",
-    ):
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = False,
+        return_attention_mask: bool | None = True,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        allowed_special: Any = None,
+        disallowed_special: Any = "all",
+    ) -> batch.BatchEncoding:
         """A BatchEncoding of a str or a list of str: `input_ids`, and `attention_mask`, which is 0 where padding is.
 
         text_pair: for each text one to put behind it; a list of (text, pair) says the same. padding: True or "longest",
@@ -320,15 +330,15 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
 
     def pad(
         self,
-        encoded_inputs,
-        padding=True,
-        max_length=None,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
         *,
-        pad_to_multiple_of=None,
-        padding_side=None,
-        return_attention_mask=True,
-        return_tensors=None,
-    ):
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = True,
+        return_tensors: str | None = None,
+    ) -> batch.BatchEncoding:
         """A BatchEncoding of encoded rows, padded: a dict of rows, or a list of dicts, as in a collator.
 
         `input_ids` and, where there, `attention_mask`, `token_type_ids` and `special_tokens_mask` are padded; an
@@ -352,7 +362,7 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
             raise ValueError(f'{function}: max_length={max_length!r} takes padding="max_length"')
         return batch.pad_encoded(self, encoded_inputs, fit, return_attention_mask is not False, return_tensors)
 
-    def clear_cache(self):
+    def clear_cache(self) -> None:
         """Forgets the words that encoding has seen, which make it fast: at most 48 MB (see `long_text/`)."""
         self._memo.clear()
 
@@ -408,7 +418,7 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
 
     # Ids to text
 
-    def decode_bytes(self, ids, *, skip_special_tokens=False):
+    def decode_bytes(self, ids: int | Iterable[int], *, skip_special_tokens: bool = False) -> bytes:
         """The bytes of ids (an int, a list, or a one-dimensional array or tensor). An unknown one raises ValueError."""
         function = "GPT2Tokenizer.decode_bytes"
         ids = self._kept_ids(ids, skip_special_tokens, function)
@@ -417,7 +427,14 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         except (IndexError, OverflowError, TypeError):
             raise self._bad_ids(ids, function) from None
 
-    def decode(self, ids, skip_special_tokens=False, *, errors=None, clean_up_tokenization_spaces=False):
+    def decode(
+        self,
+        ids: Any,
+        skip_special_tokens: bool = False,
+        *,
+        errors: str | None = None,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> Any:
         """The text of ids. errors: as for `bytes.decode`; None is the tokenizer's own. Spaces are never cleaned up.
 
         An id that is not in the vocabulary is skipped, as transformers does: a model whose embedding is padded to more
@@ -435,12 +452,12 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         except (IndexError, OverflowError, TypeError):
             return self._token_bytes.decode(self._known_ids(ids, function), errors)
 
-    def batch_decode(self, sequences, skip_special_tokens=False, **options):
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
         """A list of `decode(ids, **options)`, one for each row of a list, an array or a tensor."""
         rows = checks.rows(sequences, "GPT2Tokenizer.batch_decode", "sequences")
         return [self.decode(ids, skip_special_tokens, **options) for ids in rows]
 
-    def decode_with_offsets(self, tokens):
+    def decode_with_offsets(self, tokens: Sequence[int]) -> tuple[str, list[int]]:
         """(text, for each token the character where it starts), as tiktoken. The bytes must be valid UTF-8.
 
         A token that starts inside a character is at that character.
@@ -448,7 +465,7 @@ class GPT2Tokenizer(NamedTokens, TiktokenNames):
         ids = checks.ids(tokens, "GPT2Tokenizer.decode_with_offsets", "tokens")
         return self.decode_bytes(ids).decode(), [start for start, _ in self._spans(ids)]
 
-    def stream_decoder(self, errors="replace", skip_special_tokens=False):
+    def stream_decoder(self, errors: str = "replace", skip_special_tokens: bool = False) -> StreamDecoder:
         """A StreamDecoder of this tokenizer's, for ids that come one by one."""
         return StreamDecoder(self, errors, skip_special_tokens)
 

@@ -1,21 +1,32 @@
 """A tokenizer's tokens by name and id: special ones, added ones, and how files spell the ordinary ones."""
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 from . import checks
 from .long_text.token_bytes import TokenBytes
 from .special import EXTRA, ROLES
-from .vocabulary import text_of
+from .vocabulary import Vocabulary, text_of
 
 
 class NamedTokens:
     """The part of GPT2Tokenizer that adds tokens and says what each is called."""
 
-    def __len__(self):
+    # Of GPT2Tokenizer.
+    special_tokens: dict[str, int]
+    added_tokens: dict[str, int]
+    roles: dict[str, str]
+    vocabulary: Vocabulary
+    encode: Callable
+    decode: Callable
+    _bytes: dict[int, bytes]
+
+    def __len__(self) -> int:
         """The number of tokens, added ones included; `vocab_size` leaves those out."""
         return len(self._bytes)
 
-    def add_special_tokens(self, special_tokens_dict):
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any]) -> int:
         """Adds special tokens by role: {"cls_token": "[CLS]", "additional_special_tokens": ["<a>"]}.
 
         Text that holds one is read as the token, without `allowed_special`. Returns how many are new; a model then
@@ -41,7 +52,7 @@ class NamedTokens:
             setattr(self, role, tokens[role][0])
         return new
 
-    def add_tokens(self, new_tokens, special_tokens=False):
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """Adds tokens (a str or a list) that text is cut at, whatever is around them; returns how many are new.
 
         special_tokens: whether decoding with `skip_special_tokens` leaves them out. A token that is ordinary already,
@@ -99,37 +110,42 @@ class NamedTokens:
         return None
 
     @property
-    def special_tokens_map(self):
+    def special_tokens_map(self) -> dict:
         """{role: token} of the roles that are set."""
         return {role: token for role, token in self.roles.items() if token is not None}
 
     @property
-    def additional_special_tokens(self):
+    def additional_special_tokens(self) -> list[str]:
         """The special tokens that no role has; Hugging Face also says extra_special_tokens."""
         return [token for token in self.all_special_tokens if token not in self.roles.values()]
 
     extra_special_tokens = additional_special_tokens
 
     @property
-    def all_special_tokens(self):
+    def all_special_tokens(self) -> list[str]:
         """The special tokens, in the order of their ids."""
-        return sorted(self.special_tokens, key=self.special_tokens.get)
+        return sorted(self.special_tokens, key=lambda token: self.special_tokens[token])
 
     @property
-    def all_special_ids(self):
+    def all_special_ids(self) -> list[int]:
         """The ids of the special tokens, in order."""
         return sorted(self.special_tokens.values())
 
-    def get_vocab(self):
+    def get_vocab(self) -> dict[str, int]:
         """{token as spelled in `vocab.json`: id}, special and added tokens included."""
         return {**self.vocabulary.names, **self.special_tokens, **self.added_tokens}
 
-    def get_added_vocab(self):
+    def get_added_vocab(self) -> dict[str, int]:
         """{token: id} of the special and the added tokens."""
         every = {**self.special_tokens, **self.added_tokens}
         return dict(sorted(every.items(), key=lambda item: item[1]))
 
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: Sequence[int],
+        token_ids_1: Sequence[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
         """1 for each id of a special token, else 0. As nothing is put around texts, a pair's follow one another."""
         function = "GPT2Tokenizer.get_special_tokens_mask"
         checks.flag(already_has_special_tokens, function, "already_has_special_tokens")
@@ -141,16 +157,16 @@ class NamedTokens:
             raise error
         return [int(int(id) in self._special_ids) for id in ids]
 
-    def num_special_tokens_to_add(self, pair=False):
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """0: GPT-2 puts no token around a text, nor around a pair."""
         checks.flag(pair, "GPT2Tokenizer.num_special_tokens_to_add", "pair")
         return 0
 
-    def tokenize(self, text, pair=None, **special):
+    def tokenize(self, text: str, pair: str | None = None, **special: Any) -> list[str]:
         """The tokens of text as spelled in `vocab.json`, such as "Ġworld"."""
         return self.convert_ids_to_tokens(self.encode(text, pair, **special))
 
-    def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
+    def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> Any:
         """The token, as spelled in `vocab.json`, of one id or of each; an unknown id's is None, as in transformers."""
         function = "GPT2Tokenizer.convert_ids_to_tokens"
         checks.flag(skip_special_tokens, function, "skip_special_tokens")
@@ -163,7 +179,7 @@ class NamedTokens:
         skipped = self._special_ids if skip_special_tokens else ()
         return [self._names.get(int(id)) for id in several if int(id) not in skipped]
 
-    def convert_tokens_to_ids(self, tokens):
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """The id of one token as spelled in `vocab.json`, or of each. An unknown one raises ValueError."""
         function = "GPT2Tokenizer.convert_tokens_to_ids"
         if isinstance(tokens, str):
@@ -176,7 +192,7 @@ class NamedTokens:
             raise ValueError(f"{function}: token {tokens[ids.index(None)]!r} is not in the vocabulary")
         return ids
 
-    def convert_tokens_to_string(self, tokens):
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """The text of tokens as spelled in `vocab.json`."""
         function = "GPT2Tokenizer.convert_tokens_to_string"
         return self.decode(self._ids_of(checks.texts(tokens, function, "tokens"), function))

@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows: there savers do not wait, and what a dead one leaves behind stays
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 PENDING = ".tokenizer-saved"
 _UNSAVED = ".tokenizer-saving-"

@@ -1,49 +1,56 @@
 """tiktoken's names for what a tokenizer can do, with its meanings."""
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 from . import checks
+from .named_tokens import NamedTokens
 from .vocabulary import END_OF_TEXT
 
 
-class TiktokenNames:
+class TiktokenNames(NamedTokens):
     """The methods and properties of `tiktoken.Encoding` that GPT2Tokenizer has no other use for."""
 
+    encode_ordinary: Callable  # of GPT2Tokenizer
+    decode_bytes: Callable
+
     @property
-    def n_vocab(self):
+    def n_vocab(self) -> int:
         """One more than the largest id."""
         return self.max_token_value + 1
 
     @property
-    def max_token_value(self):
+    def max_token_value(self) -> int:
         """The largest id."""
         return max(self._bytes)
 
     @property
-    def eot_token(self):
+    def eot_token(self) -> int:
         """The id of `<|endoftext|>`."""
         if END_OF_TEXT not in self.special_tokens:
             raise ValueError(f"GPT2Tokenizer.eot_token: this vocabulary has no {END_OF_TEXT}")
         return self.special_tokens[END_OF_TEXT]
 
     @property
-    def special_tokens_set(self):
+    def special_tokens_set(self) -> set[str]:
         """The special tokens, as a set."""
         return set(self.special_tokens)
 
-    def is_special_token(self, token):
+    def is_special_token(self, token: int) -> bool:
         """Whether an id is that of a special token."""
         return checks.whole(token, "GPT2Tokenizer.is_special_token", "token") in self._special_ids
 
-    def encode_ordinary_batch(self, text):
+    def encode_ordinary_batch(self, text: Iterable[str]) -> list[list[int]]:
         """A list of `encode_ordinary(text)` of a list of texts."""
         return [self.encode_ordinary(one) for one in checks.texts(text, "GPT2Tokenizer.encode_ordinary_batch", "text")]
 
-    def encode_to_numpy(self, text, **special):
+    def encode_to_numpy(self, text: str, **special: Any) -> Any:
         """As `encode`, in a uint32 array."""
         import numpy
 
         return numpy.array(self.encode(text, **special), numpy.uint32)
 
-    def encode_single_token(self, text_or_bytes):
+    def encode_single_token(self, text_or_bytes: str | bytes) -> int:
         """The id of the token, special ones included, that is exactly this str or these bytes."""
         function = "GPT2Tokenizer.encode_single_token"
         if isinstance(text_or_bytes, str):
@@ -55,7 +62,7 @@ class TiktokenNames:
             raise ValueError(f"{function}: {text_or_bytes!r} is no token of the vocabulary")
         return id
 
-    def decode_single_token_bytes(self, token):
+    def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes of one id."""
         function = "GPT2Tokenizer.decode_single_token_bytes"
         token = checks.whole(token, function, "token")
@@ -63,19 +70,19 @@ class TiktokenNames:
             raise ValueError(f"{function}: id {token} is not in the vocabulary; ids go from 0 to {max(self._bytes)}")
         return self._bytes[token]
 
-    def decode_tokens_bytes(self, tokens):
+    def decode_tokens_bytes(self, tokens: Sequence[int]) -> list[bytes]:
         """The bytes of each of ids."""
         tokens = checks.ids(tokens, "GPT2Tokenizer.decode_tokens_bytes", "tokens")
         return [self.decode_single_token_bytes(token) for token in tokens]
 
-    def decode_batch(self, batch, *, errors=None):
+    def decode_batch(self, batch: Iterable[Sequence[int]], *, errors: str | None = None) -> list[str]:
         """A list of `decode(ids, errors=errors)` of each row."""
         return [self.decode(ids, errors=errors) for ids in checks.rows(batch, "GPT2Tokenizer.decode_batch", "batch")]
 
-    def decode_bytes_batch(self, batch):
+    def decode_bytes_batch(self, batch: Iterable[Sequence[int]]) -> list[bytes]:
         """A list of `decode_bytes(ids)` of each row."""
         return [self.decode_bytes(ids) for ids in checks.rows(batch, "GPT2Tokenizer.decode_bytes_batch", "batch")]
 
-    def token_byte_values(self):
+    def token_byte_values(self) -> list[bytes]:
         """The bytes of the ordinary tokens, sorted."""
         return sorted(self.vocabulary.token_bytes().values())

@@ -24,7 +24,7 @@ class Work:
     least_bytes: int
 
 
-CASES = {}  # name -> function that makes (call, {kernel's name: Work})
+CASES: dict = {}  # name -> function that makes (call, {kernel's name: Work})
 
 
 def case(name):

@@ -258,20 +258,20 @@ def _check_kernel(function, kernel):
 
 
 def flash_attention(
-    q,
-    k,
-    v,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    causal=True,
-    scale=None,
-    kv_start=None,
-    kv_end=None,
-    q_start=None,
-    dropout_p=0.0,
-    dropout_seed=None,
-    return_lse=False,
-    kernel="portable",
-):
+    causal: bool = True,
+    scale: float | None = None,
+    kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
+    q_start: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    return_lse: bool = False,
+    kernel: str = "portable",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T + mask) v by the Triton kernels, differentiable once. FlashAttention-2 (Dao, 2023).
 
     q: [B, H, T_q, D]; k, v: [B, H, T_k, D]. fp16, bf16 or fp32, all the same; D from 1 to 256; any strides whose last
@@ -311,17 +311,17 @@ def flash_attention(
 
 
 def flash_attention_packed(
-    qkv,
-    num_heads,
+    qkv: torch.Tensor,
+    num_heads: int,
     *,
-    causal=True,
-    scale=None,
-    kv_start=None,
-    kv_end=None,
-    dropout_p=0.0,
-    dropout_seed=None,
-    kernel="portable",
-):
+    causal: bool = True,
+    scale: float | None = None,
+    kv_start: torch.Tensor | None = None,
+    kv_end: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    kernel: str = "portable",
+) -> torch.Tensor:
     """Self-attention straight from the fused projection: qkv [B, T, 3C] to [B, T, C], with nothing copied on the way.
 
     qkv holds q, k and v side by side, each as num_heads heads of D = C / num_heads. Its gradient is one [B, T, 3C]

@@ -23,6 +23,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -70,14 +71,14 @@ class AttentionBackend:
     def refusal(
         self,
         *,
-        device,
-        dtype,
-        head_dim,
-        padding=False,
-        dropout=False,
-        unequal_lengths=False,
-        upcast=False,
-        weights=False,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        head_dim: int,
+        padding: bool = False,
+        dropout: bool = False,
+        unequal_lengths: bool = False,
+        upcast: bool = False,
+        weights: bool = False,
     ) -> str | None:
         """Why this backend cannot serve the request, in words, or None if it can."""
         if self.devices is not None and torch.device(device).type not in self.devices:
@@ -123,7 +124,9 @@ _BACKENDS: dict[str, AttentionBackend] = {}
 _NOT_INSTALLED: dict[str, str] = {}  # the package that a backend needs and that is not there, by the backend's name
 
 
-def register_attention(name, *, replace=False, package=None, **capabilities):
+def register_attention(
+    name: str, *, replace: bool = False, package: str | None = None, **capabilities: Any
+) -> Callable[[Callable], Callable]:
     """Decorator: enters a function into the registry under `name`.
 
     capabilities: the fields of AttentionBackend after `forward`. package: one that the backend needs; where it is not
@@ -196,7 +199,7 @@ def _check_signature(name, what, function, tensors, options):
         ) from None
 
 
-def attention_backends():
+def attention_backends() -> tuple[str, ...]:
     """The names of the registered backends."""
     return tuple(_BACKENDS)
 

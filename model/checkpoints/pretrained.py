@@ -6,8 +6,10 @@ Weights are mapped, not copied: the model is built without storage and takes the
 import copy
 import inspect
 import logging
+import os
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,26 +42,26 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
     """Base of the models: a config, from_pretrained and save_pretrained."""
 
     _require_grads_hook = None
-    head_name = None  # of a head that plain GPT-2 checkpoints lack
+    head_name: str | None = None  # of a head that plain GPT-2 checkpoints lack
 
-    def __init__(self, config):
+    def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = check_config(type(self), config)
         config.validate()
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(self.parameters()).device
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def num_parameters(self):
+    def num_parameters(self) -> int:
         """How many parameters there are; shared ones count once."""
         return sum(p.numel() for p in self.parameters())
 
-    def can_generate(self):
+    def can_generate(self) -> bool:
         """Whether the model has generate(), which others ask before they call it."""
         return hasattr(self, "generate")
 
@@ -70,16 +72,16 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
             )
         return super().__getattr__(name)
 
-    def read_beside(self, source):
+    def read_beside(self, source: Any) -> None:
         """Reads what a checkpoint holds beside its config and its weights. Nothing, unless a model says otherwise."""
 
-    def write_beside(self, directory):
+    def write_beside(self, directory: str | os.PathLike) -> None:
         """Writes what read_beside() reads."""
 
-    def tie_weights(self):
+    def tie_weights(self) -> None:
         """Makes one parameter of those that the config ties. Nothing, unless a model says otherwise."""
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """In training, recomputes each block in the backward pass rather than keeping what it computed.
 
         gradient_checkpointing_kwargs: those of torch.utils.checkpoint.checkpoint, by default {"use_reentrant": False}.
@@ -93,11 +95,11 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
             raise TypeError(f"gradient_checkpointing_enable: {name!r} is no option of torch's checkpoint(): {known}")
         self._set_checkpointing(options)
 
-    def gradient_checkpointing_disable(self):
+    def gradient_checkpointing_disable(self) -> None:
         self._set_checkpointing(None)
 
     @property
-    def is_gradient_checkpointing(self):
+    def is_gradient_checkpointing(self) -> bool:
         return any(getattr(module, "checkpointing", None) is not None for module in self.modules())
 
     def _set_checkpointing(self, options):
@@ -105,20 +107,21 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
             if hasattr(module, "checkpointing"):
                 module.checkpointing = options
 
-    def enable_input_require_grads(self):
+    def enable_input_require_grads(self) -> None:
         """Lets gradients reach what wte looks up where its weight is frozen, as training adapters needs it."""
         self.disable_input_require_grads()
         self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grad)
 
-    def disable_input_require_grads(self):
+    def disable_input_require_grads(self) -> None:
         """Undoes enable_input_require_grads()."""
         if self._require_grads_hook is not None:
             self._require_grads_hook.remove()
             self._require_grads_hook = None
 
-    def set_kernel_implementation(self, name):
+    def set_kernel_implementation(self, name: str) -> None:
         """Chooses what computes LayerNorm, GELU and the loss: "auto", "triton" or "torch" (model/layers/ops.py)."""
         check_kernels_name(name)
+        module: Any
         for module in self.modules():
             if hasattr(module, "kernel_implementation"):
                 module.kernel_implementation = name
@@ -127,20 +130,20 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
     @torch.inference_mode(False)  # weights made in that mode could never be trained
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | os.PathLike,
         *,
-        config=None,
-        attn_implementation="auto",
-        kernel_implementation="auto",
-        dtype="auto",
-        torch_dtype=None,
-        strict=True,
-        revision=None,
-        cache_dir=None,
-        local_files_only=False,
-        token=None,
-        **overrides,
-    ):
+        config: GPT2Config | None = None,
+        attn_implementation: str = "auto",
+        kernel_implementation: str = "auto",
+        dtype: torch.dtype | str | None = "auto",
+        torch_dtype: torch.dtype | str | None = None,
+        strict: bool = True,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **overrides: Any,
+    ) -> Any:
         """A model with the weights of a directory or of a Hub repository, in eval mode, on torch's default device.
 
         dtype: of the weights; "auto", as in transformers 5, takes config.json's, or else the one they are stored in.
@@ -172,8 +175,9 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         config.validate()
         with blame(stored.weights_path):
             _check_layers(cls, config, stored.tensors)
+        make: Any = cls  # a subclass: this one takes no backend
         with torch.device("meta"):
-            model = cls(config, attn_implementation=attn_implementation)
+            model = make(config, attn_implementation=attn_implementation)
         model.set_kernel_implementation(kernel_implementation)
         dtype = torch_dtype if torch_dtype is not None else dtype
         if not isinstance(dtype, str | torch.dtype | None):
@@ -189,7 +193,7 @@ class PretrainedModel(TokenEmbeddings, nn.Module):
         model.read_beside(source)
         return model.eval()
 
-    def save_pretrained(self, directory, *, max_shard_size=None):
+    def save_pretrained(self, directory: str | os.PathLike, *, max_shard_size: int | str | None = None) -> None:
         """Writes config.json and the weights as safetensors; other weights files there are removed.
 
         At every instant the directory loads as what it held before, or as this model: model/checkpoints/saving.py.

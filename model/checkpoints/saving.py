@@ -29,7 +29,7 @@ from model.checkpoints.atomic import TEMPORARY, flush_directory, unused_name, wr
 try:
     import fcntl
 except ImportError:  # not a Unix
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 

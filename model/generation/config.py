@@ -2,12 +2,14 @@
 
 import copy
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from model.checkpoints.atomic import write_file
 from model.checkpoints.files import Source, read_json_object
-from model.config import SPECIAL_TOKENS
+from model.config import SPECIAL_TOKENS, GPT2Config
 from model.generation.settings import Settings
 
 FILE = "generation_config.json"
@@ -45,7 +47,7 @@ class GenerationConfig:
     generate() refuses them where they would ask for something.
     """
 
-    def __init__(self, model_config=None, **values):
+    def __init__(self, model_config: GPT2Config | None = None, **values: Any) -> None:
         self.__dict__["_model_config"] = model_config
         for name, value in values.items():
             setattr(self, name, value)
@@ -60,21 +62,21 @@ class GenerationConfig:
     def __eq__(self, other):
         return isinstance(other, GenerationConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self):
         return f"GenerationConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     @property
-    def is_set(self):
+    def is_set(self) -> bool:
         """Whether anything is, beside the model config's special tokens."""
         return any(value is not None for name, value in self.__dict__.items() if name != "_model_config")
 
-    def update(self, **values):
+    def update(self, **values: Any) -> None:
         for name, value in values.items():
             setattr(self, name, value)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """What is set, and the model config's special tokens."""
         own = {name: value for name, value in self.__dict__.items() if value is not None and name != "_model_config"}
         special = {name: getattr(self, name) for name in SPECIAL_TOKENS if getattr(self, name) is not None}
@@ -83,32 +85,32 @@ class GenerationConfig:
     to_diff_dict = to_dict  # where nothing has a default, what differs from the defaults is what is set
 
     @classmethod
-    def from_model_config(cls, config):
+    def from_model_config(cls, config: GPT2Config) -> "GenerationConfig":
         """Nothing but the special tokens of a GPT2Config."""
         return cls(config)
 
     @classmethod
-    def from_dict(cls, values, model_config=None):
+    def from_dict(cls, values: dict, model_config: GPT2Config | None = None) -> "GenerationConfig":
         """From the keys of a generation_config.json."""
         return cls(model_config, **{name: value for name, value in values.items() if name not in _PROVENANCE})
 
     @classmethod
-    def from_json_file(cls, path, model_config=None):
+    def from_json_file(cls, path: str | os.PathLike, model_config: GPT2Config | None = None) -> "GenerationConfig":
         """Reads a generation_config.json. Raises ValueError if it is not a JSON object."""
         return cls.from_dict(read_json_object(path), model_config)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **hub):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **hub: Any) -> "GenerationConfig":
         """Reads the generation_config.json of a directory or of a Hub repository; hub: as GPT2.from_pretrained."""
         return cls.from_json_file(Source(pretrained_model_name_or_path, **hub).require(FILE))
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes generation_config.json into the directory, which is created if need be."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / FILE, self.to_json_string().encode())
 
-    def to_json_string(self):
+    def to_json_string(self) -> str:
         values = {name: value for name, value in self.to_dict().items() if not callable(value)}
         bias = values.get("sequence_bias")
         if isinstance(bias, dict):  # JSON has no tuples as keys

@@ -1,11 +1,15 @@
 """generate(): its arguments, checked; the decoding itself is in model/generation/decoding.py."""
 
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from model.config import SPECIAL_TOKENS, brief
+from model.cache import KVCache
+from model.config import SPECIAL_TOKENS, GPT2Config, brief
 from model.generation.config import FILE, GenerationConfig, merge
 from model.generation.decoding import Decoding
 from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
@@ -17,27 +21,33 @@ from model.layers import onednn
 from model.layers.linear import Linear
 
 
-class GenerationMixin:
+class GenerationMixin(torch.nn.Module):
     """generate() for a model with `transformer`, `lm_head` and `config`."""
 
-    _graphs = None
-    _generation_config = None
+    config: GPT2Config
+    _graphs: DecodeGraphs | None = None
+    _generation_config: GenerationConfig | None = None
 
     @property
-    def generation_config(self):
+    def generation_config(self) -> GenerationConfig:
         """The defaults of generate(): a GenerationConfig, saved and loaded with the weights."""
         if self._generation_config is None:
             self._generation_config = GenerationConfig(self.config)
         return self._generation_config
 
     @generation_config.setter
-    def generation_config(self, config):
+    def generation_config(self, config: GenerationConfig | dict) -> None:
         values = config if isinstance(config, dict) else config.to_dict()
         self._generation_config = GenerationConfig.from_dict(values, self.config)
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **inputs
-    ):
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: KVCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> dict:
         """The arguments of the next forward pass of somebody else's decoding loop; generate() has its own.
 
         input_ids [B, T]: a whole text, of which a cache's tokens are left out. inputs_embeds are taken where the cache
@@ -51,12 +61,12 @@ class GenerationMixin:
             inputs["input_ids"] = input_ids[:, held:]
         return {**inputs, "attention_mask": attention_mask, "past_key_values": past_key_values}
 
-    def read_beside(self, source):
+    def read_beside(self, source: Any) -> None:
         path = source.find(FILE)
         if path is not None:
             self._generation_config = GenerationConfig.from_json_file(path, self.config)
 
-    def write_beside(self, directory):
+    def write_beside(self, directory: str | os.PathLike) -> None:
         """Where nothing is set, there is no file: config.json has the special tokens."""
         if self.generation_config.is_set:
             self.generation_config.save_pretrained(directory)
@@ -67,21 +77,21 @@ class GenerationMixin:
     @tells_streamer
     def generate(
         self,
-        input_ids=None,
-        attention_mask=None,
+        input_ids: torch.Tensor | list[list[int]] | None = None,
+        attention_mask: torch.Tensor | None = None,
         *,
-        generation_config=None,
-        inputs=None,
-        inputs_embeds=None,
-        position_ids=None,
-        past_key_values=None,
-        tokenizer=None,
-        stopping_criteria=None,
-        logits_processor=None,
-        streamer=None,
-        seed=None,
-        **settings,
-    ):
+        generation_config: Any = None,
+        inputs: torch.Tensor | list[list[int]] | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        tokenizer: Any = None,
+        stopping_criteria: list[Callable] | None = None,
+        logits_processor: list[Callable] | None = None,
+        streamer: Any = None,
+        seed: int | list[int] | None = None,
+        **settings: Any,
+    ) -> Any:
         """Continues prompts: token ids [R, L], or a GenerateOutput if return_dict_in_generate.
 
         input_ids: [B, T] with an attention_mask if padded, on either side, or a list of lists of ids. Returned rows are
@@ -121,17 +131,17 @@ class GenerationMixin:
         if inputs is not None and input_ids is not None:
             raise ValueError("generate: inputs is another name of input_ids; give one of them")
         input_ids = inputs if input_ids is None else input_ids
-        settings = merge(self.generation_config, generation_config, settings)
-        bos, eos, pad = (settings.pop(name, None) for name in SPECIAL_TOKENS)
-        stop_strings = settings.pop("stop_strings", None)
+        merged = merge(self.generation_config, generation_config, settings)
+        bos, eos, pad = (merged.pop(name, None) for name in SPECIAL_TOKENS)
+        stop_strings = merged.pop("stop_strings", None)
         try:
-            settings = Settings(**settings)
+            chosen = Settings(**merged)
         except TypeError as error:
             raise TypeError(
                 f"generate: {str(error).removeprefix('Settings.__init__() ').removeprefix('generate: ')}"
             ) from None
         V = self.config.vocab_size
-        settings.check_vocabulary(V)
+        chosen.check_vocabulary(V)
         eos = [token for token in token_ids("eos_token_id", eos) if 0 <= token < V]  # others are never said
         pad = next(iter(token_ids("pad_token_id", pad)), None)
         if pad is not None and not 0 <= pad < V:
@@ -142,17 +152,17 @@ class GenerationMixin:
         prompts = Prompts.read(self, *given, bos=bos, pad=pad if pad not in eos else None)
         for name, value in zip(("inputs_embeds", "position_ids", "past_key_values"), given[2:]):
             if value is not None:
-                settings.check_goes_on(name)
-        budgets = [settings.new_tokens(used, self.config.n_positions) for used in prompts.used()]
+                chosen.check_goes_on(name)
+        budgets = [chosen.new_tokens(used, self.config.n_positions) for used in prompts.used()]
         prompts.check_positions(budgets, self.config.n_positions)
         rows = len(prompts.ids)
         stopping_criteria = _functions("stopping_criteria", stopping_criteria)
-        stops = Stops(eos, stop_strings, tokenizer, stopping_criteria, settings.max_time)
-        if streamer is not None and rows * settings.num_return_sequences * settings.num_beams > 1:
+        stops = Stops(eos, stop_strings, tokenizer, stopping_criteria, chosen.max_time)
+        if streamer is not None and rows * chosen.num_return_sequences * chosen.num_beams > 1:
             raise ValueError("generate: a streamer takes one row, and no beams")
         run = Decoding(
             self,
-            settings,
+            chosen,
             prompts.ids,
             prompts.width,
             prompts,
@@ -163,19 +173,19 @@ class GenerationMixin:
             streamer=streamer,
             fill=pad if pad is not None else eos[0] if eos else 0,
         )
-        with self.packed_weights(), self.graphed_steps(settings, prompts) or nullcontext() as run.graphed:
-            if settings.num_beams > 1:
+        with self.packed_weights(), self.graphed_steps(chosen, prompts) or nullcontext() as run.graphed:
+            if chosen.num_beams > 1:
                 output = run.search_beams(seed)
-            elif settings.prompt_lookup_num_tokens:
+            elif chosen.prompt_lookup_num_tokens:
                 output = run.verify_drafts()
             else:
                 output = run.choose_tokens(seed)
         if streamer is not None:
             streamer.end()
-        return output if settings.return_dict_in_generate else output.sequences
+        return output if chosen.return_dict_in_generate else output.sequences
 
     @contextmanager
-    def packed_weights(self):
+    def packed_weights(self) -> Iterator[None]:
         """Within this block a CPU decodes with packed weights, where it helps, as generate() does.
 
         They are packed at the first such block; at each later one they are read once, to see that they are the same.
@@ -185,11 +195,11 @@ class GenerationMixin:
             yield
 
     @torch.no_grad()
-    def pack_weights(self):
+    def pack_weights(self) -> set:
         """The PackedWeights of all layers, or of none where that is of no use; see packed_weights()."""
         return {module.pack() for module in self.modules() if isinstance(module, Linear)} - {None}
 
-    def graphed_steps(self, settings, prompts=None):
+    def graphed_steps(self, settings: Any, prompts: Any = None) -> GraphedSteps | None:
         """The replayed decode steps of one call of generate, or None, with the reason logged, where they cannot be."""
         if not settings.cuda_graph:
             if settings.decode_kernel == "fused":
@@ -209,11 +219,11 @@ class GenerationMixin:
         keeps_cache = settings.return_dict_in_generate or (prompts is not None and prompts.past is not None)
         return GraphedSteps(self, self._graphs, keeps_cache, settings.decode_kernel)
 
-    def release_graphs(self):
+    def release_graphs(self) -> None:
         """Lets go of the captured decode steps and of their memory; generate() captures them anew."""
         self._graphs = None
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Any:
         if mode:
             self.release_graphs()
         return super().train(mode)

@@ -10,6 +10,9 @@ import asyncio
 import functools
 import queue
 import sys
+from typing import Any
+
+import torch
 
 from model.terminal import shown
 
@@ -34,18 +37,19 @@ def tells_streamer(generate):
 class TextStreamer:
     """Prints the text as it is generated; on a terminal, characters that would steer it are escaped."""
 
-    def __init__(self, tokenizer, skip_prompt=False, skip_special_tokens=False):
+    def __init__(self, tokenizer: Any, skip_prompt: bool = False, skip_special_tokens: bool = False) -> None:
         if not hasattr(tokenizer, "stream_decoder"):
             raise TypeError(
                 f"{type(self).__name__}: tokenizer is {type(tokenizer).__name__}; "
                 "it must have stream_decoder(skip_special_tokens=), as tokenizer.GPT2Tokenizer has"
             )
+        self._expects_prompt = True
         self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.skip_special_tokens = skip_special_tokens
         self._restart()
 
-    def put(self, ids):
+    def put(self, ids: torch.Tensor) -> None:
         """ids: a tensor of token ids of one row."""
         is_prompt, self._expects_prompt = self._expects_prompt, False
         if is_prompt and self.skip_prompt:
@@ -54,25 +58,25 @@ class TextStreamer:
         if text:
             self.on_text(text)
 
-    def end(self):
+    def end(self) -> None:
         text = self._decoder.finish()  # an incomplete character, as U+FFFD
         self._restart()
         if text:
             self.on_text(text)
         self.on_end()
 
-    def fail(self, error):
+    def fail(self, error: BaseException) -> None:
         """generate() has raised `error`: what is held back is dropped, and the streamer may be used again."""
         self._restart()
         self.on_error(error)
 
-    def on_text(self, text):
+    def on_text(self, text: str) -> None:
         print(shown(text, sys.stdout), end="", flush=True)
 
-    def on_end(self):
+    def on_end(self) -> None:
         print(flush=True)
 
-    def on_error(self, error):
+    def on_error(self, error: BaseException) -> None:
         """The caller of generate(), who also reads here, sees the error itself."""
 
     def _restart(self):

@@ -25,7 +25,7 @@ EVERY_KEY = 2**30  # a q_start from which a causal query sees every key
 OTHER_MASKS = ("refuse", "sdpa")
 # What models hand to an attention function that changes its result and that the kernels do not compute.
 _UNSERVED = ("softcap", "position_bias", "s_aux", "sinks", "head_mask", "cache", "output_attentions")
-_registered = set()
+_registered: set[str] = set()
 
 
 def register(name=NAME, *, other_masks="refuse"):

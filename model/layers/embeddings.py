@@ -1,9 +1,11 @@
 """The token embeddings of a model and the head that may be tied to them: how to reach, replace and resize both."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from model.config import brief
+from model.config import GPT2Config, brief
 
 MEAN_SPREAD = 1e-9  # variance of new rows, as a share of the old rows'; Hewitt 2021, "Initializing New Word Embeddings"
 _ROWS_AT_ONCE = 64
@@ -12,14 +14,17 @@ _ROWS_AT_ONCE = 64
 class TokenEmbeddings:
     """Methods of a model that has wte itself or in `transformer`, and perhaps lm_head. A tied head stays tied."""
 
-    def get_input_embeddings(self):
-        return getattr(self, "transformer", self).wte
+    config: GPT2Config
 
-    def get_output_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
+        model: Any = getattr(self, "transformer", self)
+        return model.wte
+
+    def get_output_embeddings(self) -> nn.Module | None:
         """The language model's head, or None."""
         return getattr(self, "lm_head", None)
 
-    def set_input_embeddings(self, embedding):
+    def set_input_embeddings(self, embedding: nn.Module) -> None:
         """Takes an nn.Embedding [vocab_size, n_embd] for wte; config.vocab_size becomes its number of rows."""
         C = self.config.n_embd
         if not isinstance(embedding, nn.Embedding) or embedding.embedding_dim != C:
@@ -28,25 +33,29 @@ class TokenEmbeddings:
                 f"an nn.Embedding of {C} columns is required"
             )
         is_tied = self._head_is_tied()
-        getattr(self, "transformer", self).wte = embedding
+        model: Any = getattr(self, "transformer", self)
+        model.wte = embedding
         self.config.vocab_size = embedding.num_embeddings
         if is_tied:
             self.lm_head.weight = embedding.weight
 
-    def set_output_embeddings(self, head):
+    def set_output_embeddings(self, head: nn.Module) -> None:
         """Takes a head of the language model: a module with a weight [vocab_size, n_embd]."""
         if self.get_output_embeddings() is None:
             raise ValueError(f"{type(self).__name__}.set_output_embeddings: this model has no language-modelling head")
         self.lm_head = head
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
         """Gives wte, and the head, so many rows, and config.vocab_size with them; returns wte.
 
         pad_to_multiple_of rounds the number up. New rows stand at the end: around the mean of the old ones, or, with
         mean_resizing=False, as at initialisation. With neither number nothing changes. Optimizers hold the old weights.
         """
         where = f"{type(self).__name__}.resize_token_embeddings"
-        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        embedding: Any = self.get_input_embeddings()
+        head: Any = self.get_output_embeddings()
         rows = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", pad_to_multiple_of)):
             if name == "pad_to_multiple_of" and value is None:

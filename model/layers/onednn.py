@@ -17,7 +17,9 @@ from contextvars import ContextVar
 
 import torch
 
-_in_use = ContextVar("packed weights in use", default=frozenset())  # of the blocks that this thread is in
+_in_use: ContextVar[frozenset] = ContextVar(
+    "packed weights in use", default=frozenset()
+)  # of the blocks that this thread is in
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Request:
 class Speaker:
     """A model with its tokenizer (tokenizer.GPT2Tokenizer)."""
 
-    def __init__(self, model: GPT2, tokenizer) -> None:
+    def __init__(self, model: GPT2, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.longest = min(LONGEST, model.config.n_positions // 2)

@@ -27,7 +27,7 @@ MOST_IDS = 1 << 20  # of words: 4 MB, and as much again while they are moved
 MOST_LONG = 1 << 15  # in the dict: 8 MB
 _COUNT = np.int64(32)
 _CLAIMED = 1 << 16  # keys: for so many, of which several may be equal, the table makes room at once
-_every = weakref.WeakSet()
+_every: weakref.WeakSet = weakref.WeakSet()
 
 
 class Words:
