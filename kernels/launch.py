@@ -20,14 +20,20 @@ from kernels.library import INTERPRETED
 
 MOST = 1024  # entries that a Launcher remembers; a program whose sizes change with every call starts again there
 
-_launchers = []
+_memories = []
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
 
 def forget():
     """Drops all that is remembered; whoever changes configs.py's tables in a running process calls it."""
-    for launcher in _launchers:
-        launcher.known.clear()
+    for known in _memories:
+        known.clear()
+
+
+def forgotten(known):
+    """The dictionary `known`, which forget() empties from now on."""
+    _memories.append(known)
+    return known
 
 
 def watched(kernel):
@@ -50,11 +56,11 @@ class Launcher:
     the compiler's options by name; {index of a pointer: offset in elements along its tensor's last axis}. A fifth value
     may follow, {index of a pointer: what makes of a tensor, or of a Place, the descriptor that the kernel takes there}.
     key holds hashable values, each of one type at its place (1, 1.0 and True are equal as keys, but not for Triton).
+    A call returns the device and what was remembered of its launch, or None where it went through Triton.
     """
 
     def __init__(self, kernel, plan):
-        self.kernel, self.plan, self.known = kernel, plan, {}
-        _launchers.append(self)
+        self.kernel, self.plan, self.known = kernel, plan, forgotten({})
 
     def __call__(self, tensors, *key):
         if INTERPRETED:
@@ -81,15 +87,8 @@ class Launcher:
         launch = self.known.get(full_key)
         if launch is None:
             return self._through_triton(tensors, key, full_key)
-        run, function, metadata, x, y, z, byte_offsets, rest, offsets, descriptors = launch
-        if offsets is not None:
-            pointers = _views(tensors, offsets)
-        else:
-            for i, offset in byte_offsets:
-                pointers[i] += offset
-        for i, describe in descriptors:
-            pointers[i] = describe(pointers[i] if offsets is not None else Place(pointers[i]))
-        run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *pointers, *rest)
+        _run(launch, tensors, pointers, active.get_current_stream(device))
+        return device, launch
 
     def _through_triton(self, tensors, key, full_key):
         """What it launches is remembered under full_key, unless that is None."""
@@ -115,6 +114,49 @@ class Launcher:
             offsets if getattr(driver.active, "takes_tensors", False) else None,
             descriptors,
         )
+
+
+class Bound:
+    """launcher(tensors, *key) of one key, for tensors that have their device, dtypes and absences in common.
+
+    The caller vouches for that: they are not looked at again. bound(*tensors) is launcher(tensors, *key) wherever the
+    launch is not remembered, an address is not a multiple of 16, or somebody watches. It outlives no forget().
+    """
+
+    __slots__ = ("key", "known", "launcher")
+
+    def __init__(self, launcher, *key):
+        self.launcher, self.key, self.known = launcher, key, _NOTHING
+
+    def __call__(self, *tensors):
+        bits, pointers = 0, []
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                bits |= pointer
+                pointers.append(pointer)
+        device, launch = self.known
+        if launch is None or bits & 15 or driver.active.get_current_device() != device or watched(self.launcher.kernel):
+            self.known = self.launcher(tensors, *self.key) or _NOTHING
+        else:
+            _run(launch, tensors, pointers, driver.active.get_current_stream(device))
+
+
+_NOTHING = (None, None)
+
+
+def _run(launch, tensors, pointers, stream):
+    run, function, metadata, x, y, z, byte_offsets, rest, offsets, descriptors = launch
+    if offsets is not None:
+        pointers = _views(tensors, offsets)
+    else:
+        for i, offset in byte_offsets:
+            pointers[i] += offset
+    for i, describe in descriptors:
+        pointers[i] = describe(pointers[i] if offsets is not None else Place(pointers[i]))
+    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *rest)
 
 
 class Place:

@@ -284,12 +284,22 @@ def _weight_gradients_plan(M, N, stride_dy, stride_x):
 _launch_forward = Launcher(_layer_norm_forward_kernel, _forward_plan)
 _launch_backward = Launcher(_layer_norm_backward_kernel, _backward_plan)
 _launch_weight_gradients = Launcher(_weight_gradients_kernel, _weight_gradients_plan)
+
+
+def _in_one(plan, index):
+    """The plan where mean and rstd are one tensor [3 M], given twice; index: of the pointer to rstd."""
+    return lambda M, *rest: (*plan(M, *rest)[:3], {index: 2 * M})
+
+
+_launch_forward_in_one = Launcher(_layer_norm_forward_kernel, _in_one(_forward_plan, 8))
+_launch_backward_in_one = Launcher(_layer_norm_backward_kernel, _in_one(_backward_plan, 5))
+_launch_weight_gradients_in_one = Launcher(_weight_gradients_kernel, _in_one(_weight_gradients_plan, 3))
 _backward_config = functools.lru_cache(functools.partial(row_config, "backward"))
 
 
 def _programs(M, N):
     """How many programs share M rows in backward."""
-    return min(PARTIAL_ROWS, triton.cdiv(M, _backward_config(N).BLOCK_M))
+    return min(PARTIAL_ROWS, -(-M // _backward_config(N).BLOCK_M))  # triton.cdiv takes longer than a launch
 
 
 def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p, dtype=None):

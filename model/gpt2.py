@@ -29,7 +29,8 @@ from model.inputs import (
     new_tokens,
     padding_bounds,
 )
-from model.layers.block import Blocks, Numbers
+from model.layers.block import Numbers
+from model.layers.blocks import Blocks
 from model.layers.cross_attention import CrossAttention, encoder_of
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
@@ -309,8 +310,9 @@ class GPT2Model(PretrainedModel):
                     next_norm = self.ln_f if after is None else after.ln_1 if is_plain(after, Block) else None
                     y = block.ln_1(x) if y is None else y
                     operands = None if whole is None else block.operands(next_norm)
-                    if operands is not None and whole.serves(x, y, *operands):
-                        run, arguments = whole, (x, y, *operands)
+                    launches = None if operands is None else whole.serves(x, y, *operands)
+                    if launches is not None:
+                        run, arguments = whole, (x, y, *operands[:2], launches)
                     else:
                         run, arguments = partial(block.fused, **context), (x, y, next_norm)
                     x, y, weights = (

@@ -13,6 +13,8 @@ FLOPs: 4 B H T_q T_k D. Bytes, least: k and v once each, 4 B H T_k D at two byte
 8 T_q / SPLIT bytes per 4 bytes of cache.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -182,8 +184,8 @@ def _launch_attention_decode(q, k, v, options):
     o = torch.empty_permuted((B, H, T_q, D), (0, 2, 1, 3), dtype=q.dtype, device=q.device)
     lse = q.new_empty((B, H, T_q), dtype=torch.float32)
     if o.numel():
-        num_splits = triton.cdiv(T_k, split_size(D, q.dtype.itemsize))
-        BLOCK_D = max(16, triton.next_power_of_2(D))
+        num_splits = -(-T_k // split_size(D, q.dtype.itemsize))
+        BLOCK_D = _padded(D)
         partial = q.new_empty((B, H, num_splits, T_q, BLOCK_D), dtype=torch.float32)
         split_lse = q.new_empty((B, H, num_splits, T_q), dtype=torch.float32)
         kv_start, kv_end, q_start, _, scale, causal, _ = options
@@ -194,6 +196,12 @@ def _launch_attention_decode(q, k, v, options):
     return o, lse
 
 
+@functools.lru_cache
+def _padded(head_dim):
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@functools.lru_cache
 def split_size(head_dim, bytes_per_element):
     """Keys per split: a tile of k of 16 KB, and never fewer than tl.dot takes."""
     return max(16, min(128, 2**14 // (triton.next_power_of_2(head_dim) * bytes_per_element)))

@@ -185,6 +185,42 @@ def test_a_memory_is_bounded(monkeypatch):
             assert len(gelu_file._launch_forward.known) <= 2
 
 
+def test_a_bound_launch_is_its_launchers(through_triton):
+    """Whatever changes between two calls: the address, the chip, who watches."""
+    buffer, bias = torch.randn(3 * 24 + 1).half(), torch.randn(24).half()
+    aligned, shifted = buffer[:-1].view(3, 24), buffer[1:].view(3, 24)
+    bound = launch.Bound(gelu_file._launch_forward, 3, 24, 24)
+
+    def call(x, arch="sm_90"):
+        """The bits of bias_gelu, and how often Triton launched beside the simulator."""
+        through_triton.clear()
+        y = torch.full_like(x, torch.nan)
+        with simulate(arch) as gpu:
+            bound(x, bias, y)
+            count = len(through_triton)
+            assert len(gpu.launches) == 1
+            assert torch.equal(y, bias_gelu(x, bias))
+        return count
+
+    assert [call(aligned) for _ in range(3)] == [1, 0, 0]
+    assert [call(x) for x in (shifted, aligned, shifted, aligned)] == [1, 0, 1, 0]
+    assert [call(aligned, arch) for arch in ("sm_80", "sm_90", "sm_80", "sm_90")] == [1, 0, 0, 0]
+    seen = []
+    gelu_file._launch_forward.kernel.pre_run_hooks.append(lambda *arguments, **options: seen.append(1))
+    try:
+        call(aligned)
+    finally:
+        gelu_file._launch_forward.kernel.pre_run_hooks.pop()
+    assert len(seen) == 2  # bound, and bias_gelu
+    assert call(aligned) == 0
+
+
+def test_what_is_forgotten_with_the_launches():
+    known = launch.forgotten({"a": 1})
+    launch.forget()
+    assert not known
+
+
 # Checks
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import GPT2, GPT2Config
 from model.cache import KVCache
 from model.inputs import Padding
-from model.layers.block import Blocks
+from model.layers.blocks import Blocks
 
 SIZES = {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 101}
 RATES = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
