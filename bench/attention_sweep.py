@@ -384,12 +384,16 @@ def _complete_backends(args):
         args.backends = [name for name in ("eager", "sdpa", *on_gpu, "triton") if name in known]
         return
     args.backends = list(dict.fromkeys(args.backends))
+    refused = {}
     for name in args.backends:
         if name not in known:
             raise UsageError(f"--backends {name}: unknown; choose from {', '.join(known)}")
         reasons = [refusal(name, args.device, case.dtype, case.D, **case.needs()) for case in args.cases]
         if all(reasons):
-            raise UsageError(f"--backends {name} does not support {reasons[0]}")
+            refused[name] = reasons[0]
+    if len(refused) == len(args.backends):  # beside others that run, its rows say so
+        name, reason = next(iter(refused.items()))
+        raise UsageError(f"--backends {name} does not support {reason}")
 
 
 def _check_memory(cases):

@@ -58,7 +58,8 @@ def _attention(name, what, limit_s, *arguments):
     return Stage(name, what, "bench.attention_sweep", arguments, limit_s)
 
 
-SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn")
+OURS = ("triton", "triton-hopper")
 PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "bench.lib.test_results", "--color=no", "--tb=short", "-rfE")
 REHEARSED_TESTS = [*PYTEST, "tests/bench/test_gate.py"]
 MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", "float16")
@@ -67,8 +68,8 @@ STAGES = (
     Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 60),
     Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 20),
     Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 150),
-    _attention("lengths", "attention over sequence lengths", 75, "--backends", "eager", *SDPA, "triton"),
-    _attention("packed", "attention as the model calls it", 60, "--scenario", "packed", "--backends", *SDPA, "triton"),
+    _attention("lengths", "attention over sequence lengths", 75, "--backends", "eager", *SDPA, *OURS),
+    _attention("packed", "attention as the model calls it", 60, "--scenario", "packed", "--backends", *SDPA, *OURS),
     Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 60),
     Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
     Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 45),
@@ -91,10 +92,10 @@ STAGES = (
         "published",
         "attention at the width of the papers",
         30,
-        *("--backends", "sdpa-flash", "sdpa-cudnn", "triton", "--mode", "forward"),
+        *("--backends", "sdpa-flash", "sdpa-cudnn", *OURS, "--mode", "forward"),
         *("--heads", "32", "--seq-lens", "512", "1024", "2048", "4096", "8192", "16384"),
     ),
-    _attention("bf16", "attention in bf16", 40, "--dtype", "bfloat16", "--backends", "sdpa", "sdpa-cudnn", "triton"),
+    _attention("bf16", "attention in bf16", 40, "--dtype", "bfloat16", "--backends", "sdpa", "sdpa-cudnn", *OURS),
     _attention(
         "scenarios",
         "attention with a cache, padding, dropout, over head dims",

@@ -9,7 +9,7 @@ from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import MAX_HEAD_DIM
 from kernels.checks import check_device
 from kernels.configs import HOPPER_FORWARD
-from kernels.library import active_arch
+from kernels.library import INTERPRETED, active_arch
 from model.attention.registry import register_attention
 
 
@@ -79,7 +79,8 @@ def triton(q, k, v, *, upcast, **options):
 def hopper_runs_on(device):
     """Whether kernels/attention/hopper.py runs on `device`: compute capability 9.0, or a simulation of it."""
     if device.type == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+        is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+        return is_hopper and not INTERPRETED
     return triton_runs_on(device) and active_arch() == 90
 
 
