@@ -3,7 +3,7 @@ forks."""
 
 from functools import cache
 
-from .ptx import Address, Pair, Register, Vector
+from .ptx import Address, Box, Pair, Register, Vector
 
 _NO_RESULT = {
     "st", "red", "bra", "bar", "barrier", "ret", "exit", "cp", "fence", "membar", "stmatrix", "nanosleep", "trap",
@@ -15,7 +15,7 @@ _TALKS = {
     "wgmma", "mbarrier", "bar", "barrier", "tex", "clusterlaunchcontrol",
 }  # fmt: skip
 # After these the team may wait, fork or hold registers that an asynchronous instruction uses.
-_ENDS_STRETCH = {"bra", "bar", "barrier", "ret", "exit", "trap", "wgmma"}
+_ENDS_STRETCH = {"bra", "bar", "barrier", "ret", "exit", "trap", "wgmma", "mbarrier"}
 
 
 def registers_in(operand):
@@ -26,6 +26,8 @@ def registers_in(operand):
         return frozenset().union(*map(registers_in, operand.items))
     if isinstance(operand, Address):
         return registers_in(operand.base)
+    if isinstance(operand, Box):
+        return registers_in(operand.map).union(*map(registers_in, operand.coordinates))
     if isinstance(operand, Pair):
         return registers_in(operand.first) | registers_in(operand.second)
     return frozenset()
@@ -35,6 +37,8 @@ def registers_in(operand):
 def written(inst):
     """Registers that the instruction writes."""
     if inst.opcode in _NO_RESULT or not inst.operands or (inst.opcode == "wgmma" and not inst.has("mma_async")):
+        return frozenset()
+    if inst.opcode == "mbarrier" and inst.has("init", "inval"):
         return frozenset()
     return registers_in(inst.operands[0])
 

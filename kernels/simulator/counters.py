@@ -13,7 +13,7 @@ _CLASSES = {
     "convert": {"cvt"},
     "move": {"mov", "selp", "cvta"},
     "branch": {"bra", "ret", "exit"},
-    "barrier": {"bar", "barrier", "fence", "membar"},
+    "barrier": {"bar", "barrier", "mbarrier", "fence", "membar"},
     "matrix_move": {"ldmatrix", "stmatrix"},
     "copy": {"cp"},
     "atomic": {"atom", "red"},
@@ -102,6 +102,12 @@ class Counters:
         self.global_read += len(offsets) * size
         self.requests_read += requests
         self.sectors_read += int(sectors)
+
+    def bulk_read(self, offsets, size):
+        """The copy engine reads whole pieces of `size` bytes, as one request."""
+        self.global_read += len(offsets) * size
+        self.requests_read += 1
+        self.sectors_read += len(np.unique(offsets // SECTOR))
 
     def wrote(self, team, inst, offsets, size, threads):
         requests, sectors = _sectors(team, offsets, size, threads)

@@ -18,6 +18,7 @@ from .errors import SimulatorError, Unimplemented
 from .machine import Launch, Program
 from .memory import GlobalMemory
 from .ptx import parse
+from .tensor_maps import TensorMap
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,20 @@ class Simulation:
                 )
         program = loaded.program(self._transform)
         memory = GlobalMemory(tensors, program.kernel.tables)
-        values = [memory.address(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        values = [_placed(a, memory) for a in arguments]
         values += [0] * (len(program.kernel.parameters) - len(values))  # scratch pointers, unused
         launch = Launch(program, grid, values, memory, self._schedule)
         launch.run()
         memory.write_back()
         launch.memory, launch.cubin = None, loaded.cubin
         self.launches.append(launch)
+
+
+def _placed(argument, memory):
+    """A tensor's address, a tensor map at its tensor's address, any other argument itself."""
+    if isinstance(argument, TensorMap):
+        return argument.placed(memory.address(argument.tensor))
+    return memory.address(argument) if isinstance(argument, torch.Tensor) else argument
 
 
 _simulations = []  # those entered and not yet left, all by one thread; the last one is in charge
@@ -126,6 +134,7 @@ class _Launcher:
         if self._loaded is None:
             self._loaded = _Loaded(self._metadata)
         tensors, values = {}, []
+        self._descriptors = iter(getattr(self._metadata, "tensordesc_meta", None) or ())
         for name, value in zip(self._names, arguments):
             self._flatten(name, self._signature[name], value, tensors, values)
         if enter_hook is not None:
@@ -143,15 +152,22 @@ class _Launcher:
             return
         elif kind.startswith("*"):
             value = getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value
-            if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
-                what = f"a tensor on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise SimulatorError(f"{self._metadata.name}: {name} is {what}; the simulator takes CPU tensors")
-            tensors[name] = value
+            tensors[name] = self._checked(name, value)
             values.append(value)
         elif kind.startswith("tensordesc"):
-            raise Unimplemented(f"{self._metadata.name}: tensor descriptors ({name})")
+            metadata = next(self._descriptors, None)
+            if metadata is None:
+                raise Unimplemented(f"{self._metadata.name}: {name}, a tensor descriptor that is no tensor map")
+            tensors[name] = self._checked(name, value.base)
+            values += [TensorMap.of(value, metadata), *value.shape, *value.strides]
         else:
             values.append(value)
+
+    def _checked(self, name, value):
+        if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+            what = f"a tensor on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise SimulatorError(f"{self._metadata.name}: {name} is {what}; the simulator takes CPU tensors")
+        return value
 
 
 class _Utils:

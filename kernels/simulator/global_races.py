@@ -55,7 +55,7 @@ def granule_of(kernel):
         if inst.has("global") and inst.opcode in ("ld", "st", "atom", "red"):
             vectors = [len(operand.items) for operand in inst.operands if isinstance(operand, Vector)]
             sizes.append(TYPES[inst.type].itemsize * max(vectors, default=1))
-        elif inst.has("global") and inst.opcode == "cp":
+        elif inst.has("global") and inst.opcode == "cp" and not inst.has("bulk"):
             sizes.append(inst.operands[2].value)
     return min(sizes)
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from .control_flow import indices, live_registers, stretch_ends
 from .counters import Counters
-from .errors import BarrierDeadlock, KernelError
+from .errors import AsyncHazard, BarrierDeadlock, KernelError
 from .global_races import GlobalRaces, global_accesses, granule_of
 from .instructions import decode
+from .mbarriers import Mbarriers, Wait
 from .memory import LocalMemory, SharedMemory
 from .patterns import Patterns
 from .ptx import TYPES, Vector
@@ -56,7 +57,9 @@ def _shared_access(inst):
     if inst.opcode in ("ld", "st", "atom", "red") and inst.has("shared"):
         vectors = [len(operand.items) for operand in inst.operands if isinstance(operand, Vector)]
         return TYPES[inst.type].itemsize * max(vectors, default=1)
-    if inst.opcode == "cp" and inst.has("shared"):
+    if inst.opcode == "mbarrier":
+        return 8
+    if inst.opcode == "cp" and inst.has("shared") and not inst.has("bulk"):
         return inst.operands[2].value
     return None
 
@@ -73,7 +76,9 @@ class Launch:
         self.kernel, self.grid = program.kernel.name, tuple(grid)
         self.num_warps, self.shared = -(-program.kernel.block_size // 32), program.shared_bytes
         self.program, self.memory, self.schedule = program, memory, schedule
-        self.arguments = {p.name: _argument(a, TYPES[p.type]) for p, a in zip(program.kernel.parameters, arguments)}
+        pairs = list(zip(program.kernel.parameters, arguments))
+        self.arguments = {p.name: _argument(a, TYPES[p.type]) for p, a in pairs if p.type != "map"}
+        self.maps = [a for p, a in pairs if p.type == "map"]
         self.counters = Counters(program.kernel)
 
     def run(self):
@@ -100,7 +105,8 @@ class _Batch:
         blocks, warps = len(block_ids), launch.num_warps
         self.shared = SharedMemory(blocks, launch.shared)
         self.local = LocalMemory(32 * blocks * warps, self.program.kernel.local_bytes)
-        self.races = RaceDetector(self.program, blocks, self.shared)
+        self.races = RaceDetector(self.program, blocks, self.shared, warps)
+        self.mbarriers = Mbarriers(self)
         self.arrived = np.zeros((blocks, 16), np.int64)
         self.generation = np.zeros((blocks, 16), np.int64)
         self.teams = [Team(self, np.repeat(np.arange(blocks), warps), np.tile(np.arange(warps), blocks))]
@@ -114,15 +120,19 @@ class _Batch:
             teams, self.teams = self.teams, []
             if self.launch.schedule is not None:
                 teams = [teams[i] for i in self.launch.schedule.permutation(len(teams))]
+                self.mbarriers.land_some(self.launch.schedule)
             progress = False
             for team in teams:
                 progress |= team.advance()
                 if not team.finished:
                     self.teams.append(team)
-            if not progress:
+            if not progress and not self.mbarriers.land_wanted():
                 self._deadlock()
         if self._meetings:
             raise self._stuck(next(iter(self._meetings))[0], "warps wait at a wgmma for the rest of their warpgroup")
+        for copy in self.mbarriers.in_flight:
+            error = AsyncHazard("the block ended while this copy was in flight", block=self.coordinates[copy.block])
+            raise error.locate(self.program.kernel, copy.inst)
 
     def count_turn(self, team):
         """A team has used up a turn; a batch that takes too many is waiting for something that will not happen."""
@@ -158,20 +168,28 @@ class _Batch:
             self.teams.append(Team.merged(self._meetings.pop(key), team.pc))
 
     def passed(self, ticket):
+        if isinstance(ticket, Wait):
+            return ticket.passed()
         blocks, barrier, target = ticket
         return bool((self.generation[blocks, barrier] >= target).all())
 
     def _deadlock(self):
-        waiting = {}
+        waiting, kernel = {}, self.program.kernel
         for team in self.teams:
-            for pc, _, (blocks, barrier, target) in team.parked:
-                stuck = blocks[self.generation[blocks, barrier] < target]
-                waiting.setdefault((pc - 1, barrier), (stuck[0], self.arrived[stuck[0], barrier]))
-        (pc, barrier), (block, arrived) = next(iter(waiting.items()))
-        kernel = self.program.kernel
-        places = ", ".join(kernel.where(kernel.instructions[pc]) for pc, _ in waiting)
-        what = f"{arrived} of {32 * self.launch.num_warps} threads wait at barrier {barrier} ({places})"
-        raise self._stuck(pc, f"barrier deadlock: {what} and no other thread can reach it", self.coordinates[block])
+            for pc, _, ticket in team.parked:
+                if isinstance(ticket, Wait):
+                    mbarrier, parity = ticket.missing()
+                    warps = sorted(set(team.warp[team.block == mbarrier.block].tolist()))
+                    who = f"warps {', '.join(map(str, warps))} wait for parity {parity} of {mbarrier.describe()}"
+                    waiting.setdefault((pc, who), mbarrier.block)
+                    continue
+                blocks, barrier, target = ticket
+                stuck = blocks[self.generation[blocks, barrier] < target][0]
+                threads = f"{self.arrived[stuck, barrier]} of {32 * self.launch.num_warps} threads"
+                waiting.setdefault((pc - 1, f"{threads} wait at barrier {barrier}"), stuck)
+        (pc, _), block = next(iter(waiting.items()))
+        places = "; ".join(f"{who} ({kernel.where(kernel.instructions[at])})" for at, who in waiting)
+        raise self._stuck(pc, f"barrier deadlock: {places} and nothing else can happen", self.coordinates[block])
 
     def _stuck(self, pc, what, block=None):
         kernel = self.program.kernel

@@ -43,6 +43,9 @@ def reader(operand, kind, kernel):
         return lambda team: value
     if isinstance(operand, Symbol) and operand.name in kernel.tables:
         return lambda team: dtype.type(team.memory.tables[operand.name])
+    if isinstance(operand, Symbol) and operand.name in kernel.maps:
+        value = dtype.type(MAPS_BASE + 128 * kernel.maps.index(operand.name))
+        return lambda team: value
     if isinstance(operand, Symbol):
         raise Unimplemented(f"{operand.name}, which is neither an array in shared or local memory nor a table of bytes")
     if not isinstance(operand, Register):
@@ -70,6 +73,8 @@ def reader(operand, kind, kernel):
     return read_low
 
 
+# Where tensor maps among the parameters stand, one after the other.
+MAPS_BASE = 0x6F0000000000
 # Shared memory starts here in every block, so that address zero is never valid.
 SHARED_BASE = 1024
 

@@ -60,6 +60,14 @@ class Address:
 
 
 @dataclass(frozen=True)
+class Box:
+    """`[map, {a, b, ...}]`: a place in a tensor that a tensor map describes, its coordinates innermost first."""
+
+    map: object
+    coordinates: tuple
+
+
+@dataclass(frozen=True)
 class Vector:
     """`{a, b, ...}`"""
 
@@ -101,7 +109,7 @@ class Instruction:
 @dataclass
 class Parameter:
     name: str
-    type: str
+    type: str  # "map": 128 bytes that describe a tensor
 
 
 @dataclass
@@ -120,6 +128,11 @@ class Kernel:
     symbols: dict = field(default_factory=dict)  # shared and local arrays: name -> byte offset
     tables: dict = field(default_factory=dict)  # the module's own arrays in global memory: name -> bytes
     local_bytes: int = 0
+
+    @property
+    def maps(self):
+        """The names of the parameters that are tensor maps."""
+        return [parameter.name for parameter in self.parameters if parameter.type == "map"]
 
     def where(self, instruction):
         """The Python line, and those that called it where it was inlined."""
@@ -164,6 +177,9 @@ def parse(text):
 
 
 def _parameter(text):
+    array = re.match(r"\.param \.align \d+ \.b8 (\w+)\[128\]", text)
+    if array:
+        return Parameter(array[1], "map")
     words = text.split()
     return Parameter(words[-1], words[1][1:])
 
@@ -297,8 +313,9 @@ class _Body:
         return Symbol(text)
 
     def _address(self, text):
-        if "," in text or "{" in text:  # a tensor-map coordinate list
-            return Symbol(text)
+        if "{" in text:
+            base, coordinates = _split(text)
+            return Box(self._operand(base), self._operand(coordinates).items)
         base, sign, offset = re.match(r"\s*([%\w$]+)\s*(?:([+-])\s*(-?\w+))?\s*$", text).groups()
         value = int(offset, 0) if offset else 0
         return Address(self._operand(base), -value if sign == "-" else value)

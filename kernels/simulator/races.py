@@ -62,7 +62,7 @@ def _winning(values, rows):
 class RaceDetector:
     """Watches one batch of blocks. Offsets are bytes into the batch's shared memory."""
 
-    def __init__(self, program, blocks, shared):
+    def __init__(self, program, blocks, shared, warps):
         self._kernel, self._granule = program.kernel, program.granule
         self._copies_need_fence = program.copies_need_fence
         self._is_copy = np.array([inst.opcode == "cp" for inst in self._kernel.instructions])
@@ -82,11 +82,20 @@ class RaceDetector:
         self._noted_reads = []  # (blocks as a bit set, offsets, size, keys, since)
         self._write_clock = np.zeros(blocks, np.int64)  # of the newest write
         self._copies = np.zeros(blocks, np.int64)  # begun and not ended
+        self._landed = None  # per granule: number of the bulk copy that filled it, or 0
+        self._observed = np.ones((1, warps), bool)  # per bulk copy and warp: has it seen that the copy landed?
+        self._landings = [None]  # per bulk copy, its instruction
+        self._news = [[] for _ in range(blocks)]  # bulk copies that some warp of the block has not seen land
 
     def barrier(self, blocks):
         """All warps of these blocks have met."""
         self.clock[blocks] += 1
         self.barrier_clock[blocks] = self.clock[blocks]
+        for block in blocks if self._landed is not None else ():
+            seen = self._observed[self._news[block]].any(1) if self._news[block] else ()
+            for ticket in [t for t, is_seen in zip(self._news[block], seen) if is_seen]:
+                self._observed[ticket] = True
+                self._news[block].remove(ticket)
         met = bit_set(blocks)
         self._noted_reads = [noted for noted in self._noted_reads if noted[0] & ~met]
 
@@ -120,6 +129,7 @@ class RaceDetector:
             written, rows = self._cells(self.written, offsets, size)
             last = written[rows]
             self._report(team, _clash(last, keys, since), last, "reads", "wrote", threads)
+        self._report_unobserved(team, "reads", offsets, size, threads)
         self._noted_reads.append((team.block_bits, offsets, size, keys, since))
 
     def written_by(self, team, instruction, offsets, size, threads=None, values=None, atomic=False):
@@ -142,6 +152,9 @@ class RaceDetector:
         last = read[rows]
         self._report(team, _clash(last, keys, since), last, "overwrites", "read", threads)
         self._report_asynchronous_readers(team, offsets, size, threads)
+        self._report_unobserved(team, "overwrites", offsets, size, threads)
+        if self._landed is not None:
+            self._cells(self._landed, offsets, size)[0][rows] = 0
         written[rows] = keys
         last = written[rows]
         clash = last != keys
@@ -202,6 +215,61 @@ class RaceDetector:
         self._write_clock[team.block] = self.clock[team.block]
         self._copies[team.block] -= 1
 
+    # Bulk copies (TMA): begun by one thread, landed by nobody; who touches the data has seen its mbarrier's phase end.
+
+    def begin_bulk(self, team, instruction, offsets, size, thread):
+        """The thread starts a copy into these places of its block."""
+        threads = np.full(len(offsets), thread)
+        self.written_by(team, instruction, offsets, size, threads)
+        written, rows = self._cells(self.written, offsets, size)
+        written[rows] |= _IN_FLIGHT
+        self._copies[team.thread_block[thread]] += 1
+
+    def land_bulk(self, block, offsets, size, instruction):
+        """The copy is done. Returns its number, which `observe` takes."""
+        if self._landed is None:
+            self._landed = np.zeros(len(self.written), np.int32)
+        written, rows = self._cells(self.written, offsets, size)
+        landed, _ = self._cells(self._landed, offsets, size)
+        ticket = len(self._landings)
+        written[rows], landed[rows] = -1, ticket
+        self._landings.append(instruction)
+        if ticket == len(self._observed):
+            self._observed = np.concatenate([self._observed, np.zeros_like(self._observed)])
+        self._observed[ticket] = False
+        self._news[block].append(ticket)
+        self._copies[block] -= 1
+        return ticket
+
+    def observe(self, ticket, warp):
+        """The warp has seen the phase end in which this copy landed."""
+        self._observed[ticket, warp] = True
+
+    def _report_unobserved(self, team, verb, offsets, size, threads, whole_group=False):
+        """Raises where a warp, or one of the four of its warpgroup, touches what it does not know to have landed."""
+        if self._landed is None:
+            return
+        landed, rows = self._cells(self._landed, offsets, size)
+        tickets = landed[rows]
+        if not np.count_nonzero(tickets):
+            return
+        warps = team.thread_warp if threads is None else team.thread_warp[threads]
+        if whole_group:
+            seen = self._observed.reshape(len(self._observed), -1, 4).all(2)[tickets, warps[:, None] // 4]
+        else:
+            seen = self._observed[tickets, warps[:, None]]
+        if not seen.all():
+            at, column = (int(i[0]) for i in np.nonzero(~seen))
+            inst = self._landings[int(tickets[at, column])]
+            place = f"`{inst.text}` at {self._kernel.where(inst)}"
+            what = f"{verb} what {place} filled, without having seen its mbarrier's phase end"
+            raise team.fault(AsyncHazard, what, at, threads)
+
+    def check_fenced(self, team, instruction, offset, size, thread):
+        """Raises unless what was written there by ordinary instructions is fenced for the copy engine."""
+        written, rows = self._cells(self.written, np.array([offset]), size)
+        self._report_unfenced(team, written[rows], np.array([thread]))
+
     # Asynchronous readers (wgmma) see ordinary writes only through a proxy fence, and read until they are waited for.
 
     def proxy_fence(self, team):
@@ -219,6 +287,7 @@ class RaceDetector:
         written, rows = self._cells(self.written, offsets, size)
         last = written[rows]
         self._report(team, _clash(last, keys, since), last, "reads", "wrote", threads)
+        self._report_unobserved(team, "reads", offsets, size, threads, whole_group=True)
         self._report_unfenced(team, last, threads)
         if self.reading is None:
             self.reading = np.zeros((team.batch.launch.num_warps // 4, len(self.written)), np.int32)

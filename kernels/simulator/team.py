@@ -57,6 +57,10 @@ class Team:
         return self.batch.races
 
     @property
+    def mbarriers(self):
+        return self.batch.mbarriers
+
+    @property
     def global_races(self):
         return self.batch.launch.global_races
 
@@ -176,14 +180,15 @@ class Team:
         self.go_on(self.pc + 1, staying)
         return STOP
 
-    def park(self, ticket):
-        """The active threads wait for a barrier."""
-        self.parked.append((self.pc + 1, self.mask, ticket))
+    def park(self, ticket, pc=None):
+        """The active threads wait for a barrier, and go on at `pc`, or behind this instruction."""
+        pc = self.pc + 1 if pc is None else pc
+        self.parked.append((pc, self.mask, ticket))
         if self.batch.scheduled and not self.paths and len(self.parked) == 1 and self.mask is None:
             self.parked.clear()
-            for team in self.by_warp(self.pc + 1):
+            for team in self.by_warp(pc):
                 team.paths.clear()
-                team.parked.append((self.pc + 1, None, ticket))
+                team.parked.append((pc, None, ticket))
                 self.batch.teams.append(team)
         return STOP
 

@@ -3,7 +3,7 @@
 import copy
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from kernels.simulator.driver import Simulation
 from kernels.simulator.machine import Launch, Program
 from kernels.simulator.memory import GlobalMemory
 from kernels.simulator.ptx import parse
+from kernels.simulator.tensor_maps import TensorMap
 
 
 @dataclass
 class Recording:
-    """A launch as it was before it ran: `text` is its PTX, `arguments` holds a tensor's name or a number for each."""
+    """A launch as it was before it ran: `text` is its PTX, `arguments` holds tensors' names, maps of them, numbers."""
 
     kernel: str
     text: str
@@ -31,7 +32,12 @@ class Recording:
         tensors, shift = copy.deepcopy(self.tensors), shift or {}
         memory = GlobalMemory(tensors)
         program = Program(parse(text or self.text), self.shared, self.copies_need_fence)
-        values = [memory.address(tensors[a]) + shift.get(a, 0) if isinstance(a, str) else a for a in self.arguments]
+        values = list(self.arguments)
+        for i, a in enumerate(values):
+            if isinstance(a, str):
+                values[i] = memory.address(tensors[a]) + shift.get(a, 0)
+            elif isinstance(a, TensorMap):
+                values[i] = a.placed(memory.address(tensors[a.tensor]))
         values += [0] * (len(program.kernel.parameters) - len(values))
         Launch(program, self.grid, values, memory, None if seed is None else np.random.default_rng(seed)).run()
         memory.write_back()
@@ -48,6 +54,12 @@ class Recording:
         return list(re.finditer(pattern, self.text))
 
 
+def _by_name(argument, names):
+    if isinstance(argument, TensorMap):
+        return replace(argument, tensor=names[id(argument.tensor)])
+    return names[id(argument)] if isinstance(argument, torch.Tensor) else argument
+
+
 @contextmanager
 def recording(monkeypatch):
     """A list that gets a Recording of each launch inside `simulate`."""
@@ -62,7 +74,7 @@ def recording(monkeypatch):
                 loaded.shared,
                 grid,
                 copy.deepcopy({name: tensor.detach() for name, tensor in tensors.items()}),
-                [names[id(a)] if isinstance(a, torch.Tensor) else a for a in arguments],
+                [_by_name(a, names) for a in arguments],
                 loaded.copies_need_fence,
             )
         )

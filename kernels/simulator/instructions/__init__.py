@@ -12,6 +12,7 @@ for _family in (
     "carry",
     "control",
     "convert",
+    "mbarrier",
     "memory_access",
     "moves",
     "predicates",

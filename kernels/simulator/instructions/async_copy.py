@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import Unimplemented
 from ..operands import POISON, reader
 from ..ptx import Immediate
+from .bulk_copy import load_box
 from .memory_access import active, address_reader, chosen
 from .registry import guard_of, instruction, unknown
 
@@ -44,6 +45,8 @@ class Copy:
 
 @instruction("cp")
 def cp(inst, kernel):
+    if inst.modifiers[:3] == ("async", "bulk", "tensor"):
+        return load_box(inst, kernel)
     if inst.modifiers[0] != "async" or inst.has("bulk", "mbarrier"):
         raise unknown(inst)
     if inst.has("commit_group"):
