@@ -10,7 +10,7 @@ mbarrier); k and v have two slots each, tile j uses slot j % 2, and the copies r
     queue  acc += p(j-1) v(j-1)           asynchronous, behind it
     wait   for s                          then k(j)'s slot takes k(j+2)
     do     m, p(j) = exp2(s - m), l       while p(j-1) v(j-1) is still computed
-    wait   for acc                        then v(j-1)'s slot takes v(j+1)
+    wait   for v(j), and for acc          then v(j-1)'s slot takes v(j+1)
     do     acc *= alpha, p(j) to fp16
 
 What must hold, and is not checked by the compiler:
@@ -19,11 +19,13 @@ What must hold, and is not checked by the compiler:
   for. So the wait names it among its results, and p(j) is made of registers of its own, after the wait.
 - A slot is filled again only after all four warps have waited for the product that reads it. One thread starts the
   copy, behind the barrier that Triton places between `expect` and a copy: `expect` stands behind the wait.
+- ptxas moves a wait for a product up, in front of the exponentials, where it can. It moves nothing across the loop that
+  waits for an mbarrier, so one stands before the wait for acc: that for v(j), which the next product needs.
 - An mbarrier's phase ends with its copy; tile j is the (j // 2)-th in its slot, so its phase has parity (j // 2) % 2.
 - A tile that reaches beyond the last row is filled up with zeros, and its bytes count as copied.
 
 FLOPs and bytes are forward.py's at 64 queries a program: k and v are read once per 64 queries. Compiled for sm_90 in
-bf16 at D = 64 by Triton 3.7.1 it takes 7.0 instructions per score of a thread, and 155 registers: three
+bf16 at D = 64 by Triton 3.7.1 it takes 6.9 instructions per score of a thread, and 154 registers: three
 programs share a multiprocessor, and the softmax of one runs under the products of the others too.
 """
 
@@ -104,7 +106,7 @@ def _attention_hopper_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
-    SEES_ALL: gl.constexpr,  # causal, T_q == T_k, no q_start: only the first tile needs a mask
+    SEES_ALL: gl.constexpr,  # every query sees some key of the first tile, the only one that needs a mask
 ):
     dtype: gl.constexpr = q_desc.dtype
     # Accumulators of scores and of o, and p as the left operand of the second product: in registers, as WGMMA has them.
@@ -155,6 +157,7 @@ def _attention_hopper_kernel(
     p, l_i, _, m_i = _softmax(s, m_i, end, last, scale_log2, True, SEES_ALL, BLOCK_N)
     p16 = gl.convert_layout(p.to(dtype), p_layout)
     acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, o_layout)
+    mbarrier.wait(full.index(3), 0)
 
     # Then the other tiles with a mask, then those without one.
     for PART in gl.static_range(1 if SEES_ALL else 0, 2):
@@ -163,7 +166,6 @@ def _attention_hopper_kernel(
             new = j & 1
             old = new ^ 1
             mbarrier.wait(full.index(1 + new), (j >> 1) & 1)
-            mbarrier.wait(full.index(3 + old), ((j - 1) >> 1) & 1)
             k = _matrix(k_slots, new, BLOCK_N, HEAD_DIM)
             v = _matrix(v_slots, old, BLOCK_N, HEAD_DIM)
             s = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
@@ -172,14 +174,13 @@ def _attention_hopper_kernel(
             _load_tile(k_desc, bi, hi, n - 2 * BLOCK_N, full.index(1 + new), k_slots.index(new), j + 2 < tiles)
             p, sums, alpha, m_i = _softmax(s, m_i, end, n, scale_log2, PART == 0, SEES_ALL, BLOCK_N)
             l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
+            mbarrier.wait(full.index(3 + new), (j >> 1) & 1)  # v(j), for the next product; ptxas stays behind it
             acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
             _load_tile(v_desc, bi, hi, n - BLOCK_N, full.index(3 + old), v_slots.index(old), j + 1 < tiles)
             acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
             p16 = gl.convert_layout(p.to(dtype), p_layout)
 
-    j = tiles - 1
-    mbarrier.wait(full.index(3 + (j & 1)), (j >> 1) & 1)
-    acc = warpgroup_mma(p16, _matrix(v_slots, j & 1, BLOCK_N, HEAD_DIM), acc, is_async=True)
+    acc = warpgroup_mma(p16, _matrix(v_slots, (tiles - 1) & 1, BLOCK_N, HEAD_DIM), acc, is_async=True)
     l_sum = gl.convert_layout(gl.sum(l_i, 1), rows)
     l_sum = gl.where(l_sum == 0, 1.0, l_sum)  # a query that saw no key: acc is 0 and m_i is -inf; NaN stays NaN
     gl.store(lse_ptr + head * T_q + offs_m, m_i + gl.log2(l_sum), mask=offs_m < T_q)
@@ -258,7 +259,7 @@ def _plan(shape, T_k, q_strides, k_strides, v_strides, dtype, scale, causal, has
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "IS_CAUSAL": causal,
-        "SEES_ALL": causal and T_q == T_k and not has_q_start,
+        "SEES_ALL": not causal or (T_q == T_k and not has_q_start),
         "num_warps": config.num_warps,
     }
     return (B * H * triton.cdiv(T_q, config.BLOCK_M),), numbers, options, offsets or {}, descriptors

@@ -99,27 +99,22 @@ def test_it_spills_nothing_and_several_programs_share_a_multiprocessor(binaries)
 
 
 @pytest.mark.compile
-def test_the_loop_of_a_causal_row_holds_no_mask_and_few_instructions(binaries):
-    for (_, D, causal), (_, cubin) in binaries.items():
-        if causal:
-            code, config = inspect(cubin, NAME), HOPPER_FORWARD[D]
-            assert "FSEL" not in code.loop_names
-            assert sum(code.loop_names.values()) <= {64: 7.1, 128: 10.7}[D] * config.BLOCK_M * config.BLOCK_N / 128
+def test_the_loop_holds_no_mask_and_few_instructions(binaries):
+    for (_, D, _), (_, cubin) in binaries.items():
+        code, config = inspect(cubin, NAME), HOPPER_FORWARD[D]
+        assert "FSEL" not in code.loop_names
+        assert sum(code.loop_names.values()) <= {64: 7.0, 128: 10.6}[D] * config.BLOCK_M * config.BLOCK_N / 128
 
 
 @pytest.mark.compile
-def test_the_softmax_begins_while_the_product_with_v_is_computed(binaries, tmp_path):
+def test_the_softmax_runs_while_the_product_with_v_is_computed(binaries, tmp_path):
     """In the machine code: both products queued, one wait that leaves one of them, exponentials, the other wait."""
     _, cubin = binaries[BF16, 64, True]
     file = tmp_path / "kernel.cubin"
     file.write_bytes(cubin)
     lines = [line for line in _tool("nvdisasm", "-c", file).split("\n") if re.search("HGMMA|DEPBAR|MUFU.EX2", line)]
     events = "".join("M" if "HGMMA" in x else "E" if "EX2" in x else "1" if ", 0x1" in x else "0" for x in lines)
-    loop = re.search(r"M{12}1(E+)0(E+)", events)
-    assert loop, events
-    under, after = map(len, loop.groups())
-    assert under + after == 66
-    assert under >= 20
+    assert "M" * 12 + "1" + "E" * 66 + "0" in events
 
 
 @pytest.mark.compile
