@@ -35,7 +35,7 @@ from model.layers.cross_attention import CrossAttention, encoder_of
 from model.layers.initialisation import init_weights
 from model.layers.linear import Conv1D, Head
 from model.layers.norm import LayerNorm, add_norm
-from model.layers.observed import is_plain, is_unobserved
+from model.layers.observed import is_plain, is_unhooked
 from model.layers.ops import (
     TANH_GELU,
     activation,
@@ -174,30 +174,28 @@ class Block(nn.Module):
 
     def operands(self, next_norm):
         """(weights, numbers, kernels) for Blocks; None where a part is observed, or something stands in its place."""
-        parts = self._modules
-        attn, mlp, ln_2 = parts.get("attn"), parts.get("mlp"), parts.get("ln_2")
-        if not (is_unobserved(attn, Attention) and is_unobserved(mlp, MLP)):
+        attn, mlp, ln_2 = map(self._modules.get, ("attn", "mlp", "ln_2"))
+        if type(attn) is not Attention or type(mlp) is not MLP:
             return None
-        of_attn, of_mlp = attn._modules, mlp._modules
-        dropouts = of_attn.get("attn_dropout"), of_attn.get("resid_dropout"), of_mlp.get("dropout")
-        linears = of_attn.get("c_attn"), of_attn.get("c_proj"), of_mlp.get("c_fc"), of_mlp.get("c_proj")
-        act = of_mlp.get("act")
-        for kind, modules in ((nn.Dropout, dropouts), (Conv1D, linears), (LayerNorm, (ln_2, next_norm))):
-            for module in modules:
-                if not is_unobserved(module, kind):
-                    return None
-        rates = [active_p(dropout) for dropout in dropouts]
-        if not is_unobserved(act, Activation) or act.name not in TANH_GELU or any(type(p) is not float for p in rates):
+        c_attn, a_proj, *dropouts = map(attn._modules.get, ("c_attn", "c_proj", "attn_dropout", "resid_dropout"))
+        c_fc, act, m_proj, dropout = map(mlp._modules.get, ("c_fc", "act", "c_proj", "dropout"))
+        modules = (attn, mlp, act, *dropouts, dropout, c_attn, a_proj, ln_2, c_fc, m_proj, next_norm)
+        if tuple(map(type, modules)) != self._KINDS or act.name not in TANH_GELU:
+            return None
+        if not all(map(is_unhooked, modules)):
+            return None
+        rates = [active_p(each) for each in (*dropouts, dropout)]
+        if any(type(p) is not float for p in rates):
             return None
         weights = []
-        for module in (*linears[:2], ln_2, *linears[2:], next_norm):
+        for module in modules[6:]:
             parameters = module._parameters
             weights += (parameters.get("weight"), parameters.get("bias"))
-        numbers = Numbers(
-            attn.layer_idx, attn.num_heads, float(attn.scale), *rates, float(ln_2.eps), float(next_norm.eps)
-        )
+        numbers = (attn.layer_idx, attn.num_heads, float(attn.scale), *rates, float(ln_2.eps), float(next_norm.eps))
         kernels = ln_2.kernel_implementation, mlp.kernel_implementation, next_norm.kernel_implementation
-        return weights, numbers, kernels
+        return weights, Numbers(*numbers), kernels
+
+    _KINDS = (Attention, MLP, Activation, *[nn.Dropout] * 3, Conv1D, Conv1D, LayerNorm, Conv1D, Conv1D, LayerNorm)
 
 
 class GPT2Model(PretrainedModel):
@@ -378,7 +376,8 @@ class GPT2Model(PretrainedModel):
         if token_type_ids is not None:
             check_shape("token_type_ids", token_type_ids, (B, T))
             x = x + lookup(self.wte, token_type_ids, "token_type_ids", "vocab_size")
-        return self.drop(x)
+        is_idle = is_plain(self.drop, nn.Dropout) and active_p(self.drop) == 0.0
+        return x if is_idle else self.drop(x)
 
 
 class GPT2(GenerationMixin, NanoGPTNames, PretrainedModel):

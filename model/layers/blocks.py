@@ -23,7 +23,7 @@ from model.layers.ops import autocast_dtype, use_triton
 
 _TRITON = get_attention("triton")
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-_TWO, _FOURTEEN = [_TENSORS] * 2, [_TENSORS] * 14
+_FOURTEEN = [_TENSORS] * 14
 _known = forgotten({})  # Launches by geometry
 
 
@@ -94,6 +94,7 @@ def _fits(tensors, numbers, autocast):
         and 0 <= eps3 < math.inf
         and C // num_heads <= MAX_HEAD_DIM
         and D in FLOATS
+        and autocast in (None, D)
         and x.dtype in (D, torch.float32)
         and (x.dtype is D or autocast)
         and all(t.device == x.device and t.is_contiguous() for t in tensors)
@@ -117,6 +118,8 @@ class Blocks:
         self.attend = attend
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.kernels = {name for name in ("auto", "triton") if use_triton(name, x)}
+        padded = isinstance(attend, _Packed) and [bound is None for bound in attend.bounds]
+        self.kind = self.autocast, str(padded)
         self.last = None, None  # the geometry of the block before, and its launches
 
     @classmethod
@@ -153,27 +156,22 @@ class Blocks:
             return None
         geometry = (
             numbers[1:],
-            [t.shape for t in tensors],
-            [t.dtype for t in tensors],
-            [t.device for t in tensors],
-            [t.is_contiguous() for t in tensors],
-            [t.is_neg() for t in tensors],
+            self.kind,
+            *[t.shape for t in tensors],
+            *[t.dtype for t in tensors],
+            *[t.device for t in tensors],
+            *[t.is_contiguous() for t in tensors],
+            *[t.is_neg() for t in tensors],
         )
-        if geometry == self.last[0] and is_ordinary((x, y), _TWO):
+        if geometry == self.last[0]:
             return self.last[1]
-        if (
-            not is_ordinary(tensors, _FOURTEEN)
-            or self.autocast not in (None, y.dtype)
-            or not _fits(tensors, numbers, self.autocast is not None)
-        ):
-            return None
-        padded = isinstance(self.attend, _Packed) and [bound is None for bound in self.attend.bounds]
-        key = (x.shape, x.device, *(t.dtype for t in tensors), weights[7].shape, str(padded), *numbers[1:])
-        launches = _known.get(key)
+        launches = _known.get(geometry)
         if launches is None:
+            if not is_ordinary(tensors, _FOURTEEN) or not _fits(tensors, numbers, self.autocast):
+                return None
             if len(_known) >= MOST:
                 _known.clear()
-            launches = _known[key] = Launches(*x.shape, weights[7].shape[0], y.dtype, numbers)
+            launches = _known[geometry] = Launches(*x.shape, weights[7].shape[0], y.dtype, numbers)
         self.last = geometry, launches
         return launches
 

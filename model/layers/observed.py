@@ -5,15 +5,16 @@ from torch.nn.modules import module as torch_module
 
 def is_plain(module, kind):
     """Whether calling `module` does what the class `kind` defines and nothing else: no hooks, no forward of its own."""
-    return is_unobserved(module, kind) and not torch_module._has_any_global_hook()
+    return type(module) is kind and is_unhooked(module) and not torch_module._has_any_global_hook()
 
 
-def is_unobserved(module, kind):
-    """As is_plain, but for hooks on all modules."""
-    return (
-        type(module) is kind
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        and "forward" not in module.__dict__
+def is_unhooked(module):
+    """Whether `module` itself has no hooks, and no forward in place of its class's."""
+    held = module.__dict__
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
     )
