@@ -203,7 +203,9 @@ def vocabulary_config(V, softcap, *rows):
     """
     per_load = 16 // rows[0].element_size()
     aligned = all(x.stride(0) % per_load == 0 and x.data_ptr() % 16 == 0 for x in rows)
-    LANES = min(256, max(32, triton.next_power_of_2(V) // 16))
+    # On an H100 2048 rows of 50257 in bf16, loss and gradient, take 258 us with 256 lanes and 171 with 512: fewer rows
+    # at once, so that a row's second pass finds it in L2.
+    LANES = 512 if V > 32768 else min(256, max(32, triton.next_power_of_2(V) // 16))
     UNROLL = 1 if softcap else 2
     return VocabularyConfig(UNROLL, LANES, per_load) if aligned else VocabularyConfig(UNROLL * per_load, LANES, 1)
 

@@ -124,13 +124,10 @@ def empty_aligned(M, V, like):
     return like.new_empty_strided((M, V), (-(-V // ALIGNMENT) * ALIGNMENT, 1))
 
 
-def vocabulary_product(x, weight, bias, logits):
-    """logits [M, V] = x [M, C] weight^T + bias, written into rows that empty_aligned has made; bias may be None."""
+def vocabulary_product(x, weight, logits):
+    """logits [M, V] = x [M, C] weight^T, written into rows that empty_aligned has made."""
     for columns in vocabulary_parts(logits):
-        if bias is None:
-            torch.mm(x, weight[columns].T, out=logits[:, columns])
-        else:
-            torch.addmm(bias[columns], x, weight[columns].T, out=logits[:, columns])
+        torch.mm(x, weight[columns].T, out=logits[:, columns])
     return logits
 
 
@@ -143,11 +140,23 @@ def vocabulary_gradient(dlogits, weight, dx):
     return dx
 
 
+def vocabulary_weight_gradient(dlogits, x, total):
+    """total [V, C] fp32 += dlogits^T [V, M] x [M, C], summed in fp32 whatever their dtype."""
+    for columns in vocabulary_parts(dlogits):
+        part, g = total[columns], dlogits[:, columns].T
+        if x.dtype == torch.float32:
+            part.addmm_(g, x)
+        elif x.is_cuda:
+            torch.addmm(part, g, x, out_dtype=torch.float32, out=part)
+        else:
+            part.addmm_(g.float(), x.float())
+
+
 def vocabulary_parts(logits):
     """The columns [0, V) as slices whose products a GPU's libraries are fast at: a multiple of 64, and the rest.
 
     They choose by the extents: of 50257 columns, aligned or not, both products with the weight go to kernels of an
-    older kind without wide loads, which on an H100 take three to four times as long. 50240 and 17 do not.
+    older kind without wide loads, which on an H100 take five to seven times as long. 50240 and 17 do not.
     """
     V = logits.shape[1]
     whole = V // ALIGNMENT * ALIGNMENT

@@ -1,22 +1,22 @@
 """A decode step: the next token's logits for B rows, from the token before and the cache. Five launches a layer.
 
     1  x = wte[id] + wpe[length] in the first layer;  q, k, v = LN(x) W + b;  k and v go into the cache
-    2  o = attention of q over the keys, a program for each head
-    3  x += o W + b
+    2  attention of q over the keys, SPLIT of them a program: o of each split and its log-sum-exp
+    3  x += merge(o) W + b
     4  h = gelu(LN(x) W + b)
     5  x += h W + b
     and at the end  logits = LN(x) W
 
-Each program serves one row; rows share the weights through L2. (On an H100 all rows in one program cost 1.5 us a row
-and kernel, and a head's keys in splits, merged by kernel 3, 0.7 us for each 128 of them.) x stays in fp32 from layer to
-layer. Weights are packed as [out, in] (pack_layer), so that a warp reads whole rows of them; biases, norms and
-embeddings are the model's own. Each sum has one order, which depends on the widths alone: a row's bits depend neither
-on the other rows nor on how much memory its cache has.
+Each program serves one row; rows share the weights through L2. x stays in fp32 from layer to layer. Weights are packed
+as [out, in] (pack_layer), so that a warp reads whole rows of them; biases, norms and embeddings are the model's own.
+Each sum has one order, which depends on the widths alone: a row's bits depend neither on the other rows nor on how much
+memory its cache has.
 
-Dependent launch (Hopper and newer, inside a CUDA graph too): a kernel starts while the one before it still runs, asks
-for its weights, which nobody writes, and only then waits (_wait) for what the one before has written. Nothing that this
-step writes is loaded before that, and every program waits before it ends, so that a kernel's end implies the end of all
-before it. Elsewhere the kernels are launched as any others.
+Tried on an H100 (GPT-2 124M, fp16, one row, 511 keys; the forward pass's own kernels take 570 us): splits of 64, 128
+and 256 keys, merged one after the other, 308, 251 and 229 us; one program for all keys of a head 387 us, and the same
+without dependent launch 338 us. So a kernel is not launched ahead of the end of the one before it (DEPENDENT below);
+all are written for it: they ask for their weights, which nobody writes, and only then wait (_wait) for what the kernel
+before has written.
 
 Bytes, least: every weight once, the keys and values held once. FLOPs: 2 B a weight; memory and latency decide.
 """
@@ -33,12 +33,13 @@ from kernels.gelu import _gelu
 from kernels.launch import Launcher
 from kernels.library import LOG2E, active_arch
 
-MAX_ROWS = 8  # beyond, the matrix units of the ordinary step win
+MAX_ROWS = 4  # beyond, the matrix units of the ordinary step win
 BK = 256  # columns of a tile: 16 bytes a lane at two bytes an element
 WARPS = 4
 TILES = 12  # of weights, at most, that a program keeps: 48 registers a thread at two bytes an element
-KEYS = 64  # of a head at a time
-STAGES = 3  # tiles of keys and values on their way at once
+SPLIT = 256  # keys of a program of attention
+AT_ONCE = 4  # splits whose results are asked for together
+DEPENDENT = False  # programmatic dependent launch, which Hopper and newer have
 
 
 @triton.jit
@@ -115,47 +116,137 @@ def _decode_qkv_kernel(
 def _decode_attention_kernel(
     q_ptr,  # [B, C] fp32
     cache_ptr,  # [2, B, H, capacity, D]
-    lengths_ptr,  # [B] int32: without the new token, whose key and value the cache holds by now
-    o_ptr,  # [B, C] fp32
+    lengths_ptr,  # [B] int32: without the new token
+    part_ptr,  # [B, H, splits, BLOCK_D] fp32
+    lse_ptr,  # [B, H, splits] fp32, log2 units
+    B,
     H,
     capacity,
+    num_splits,
     scale_log2,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row's head over all of its keys: the online softmax, tiles of keys and values asked for ahead."""
+    """One row's head against one split of its keys. The new token's are in the cache, but are loaded after the wait."""
     _ask(PDL)
-    head = tl.program_id(0).to(tl.int64)  # of all rows'
+    split = tl.program_id(0) % num_splits
+    head = (tl.program_id(0) // num_splits).to(tl.int64)  # of all rows'
+    length = tl.load(lengths_ptr + head // H)
+    slots = split * SPLIT + tl.arange(0, SPLIT)
     d = tl.arange(0, BLOCK_D)
     keys = cache_ptr + head * capacity * D
-    values = keys + tl.num_programs(0).to(tl.int64) * capacity * D
-    num_keys = tl.load(lengths_ptr + head // H) + 1
+    values = keys + tl.cast(B, tl.int64) * H * capacity * D
+    held = (slots < length)[:, None] & (d < D)[None, :]
+    k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
+    v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
     _wait(PDL)
-    q = tl.load(q_ptr + head * D + d, mask=d < D, other=0.0) * scale_log2  # [BLOCK_D]
-    m_i = float("-inf")
-    l_i = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for n in tl.range(0, num_keys, KEYS, num_stages=STAGES):
-        slots = n + tl.arange(0, KEYS)
-        held = (slots < num_keys)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [KEYS, BLOCK_D]
-        v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [KEYS, BLOCK_D]
-        s = tl.sum(k.to(tl.float32) * q[None, :], 1)  # [KEYS]
-        s = tl.where(slots < num_keys, s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 0))
-        alpha = tl.exp2(m_i - m_new)
-        p = tl.exp2(s - m_new)
-        l_i = l_i * alpha + tl.sum(p, 0)
-        acc = acc * alpha + tl.sum(p[:, None] * v.to(tl.float32), 0)
-        m_i = m_new
-    tl.store(o_ptr + head * D + d, acc / l_i, mask=d < D)
+    if split * SPLIT <= length:
+        here = (length // SPLIT == split) & (d < D)
+        new_k = tl.load(keys + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
+        new_v = tl.load(values + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
+        q = tl.load(q_ptr + head * D + d, mask=d < D, other=0.0) * scale_log2
+        is_new = (slots == length)[:, None]
+        k = tl.where(is_new, new_k[None, :], k)
+        v = tl.where(is_new, new_v[None, :], v)
+        s = tl.where(slots <= length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))  # [SPLIT]
+        m = tl.max(s, 0)
+        p = tl.exp2(s - m)
+        l = tl.sum(p, 0)
+        o = tl.sum(p[:, None] * v.to(tl.float32), 0) / l  # [BLOCK_D]
+        tl.store(part_ptr + (head * num_splits + split) * BLOCK_D + d, o)
+        tl.store(lse_ptr + head * num_splits + split, m + tl.log2(l))
 
 
 @triton.jit
-def _decode_add_kernel(
+def _merged(
+    part_ptr,  # [B, H, splits, BLOCK_D] fp32
+    lse_ptr,  # [B, H, splits] fp32, log2 units
+    head,
+    filled,
+    num_splits,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BK: tl.constexpr,
+    R: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """A row's attention output [C] as _activations gives a row: its `filled` splits' outputs, weighted by their sums.
+
+    The first split holds a key, so that the maximum is finite from it on, and a split that is not there weighs 0.
+    """
+    x = ()
+    for c in tl.static_range((C + BK - 1) // BK):
+        n = c * BK + tl.arange(0, BK)[None, :]
+        inside = (tl.arange(0, R)[:, None] >= 0) & (n < C)
+        first = (head + n // D) * num_splits + tl.arange(0, R)[:, None] * 0
+        m = tl.full([R, BK], float("-inf"), tl.float32)
+        l = tl.zeros([R, BK], tl.float32)
+        acc = tl.zeros([R, BK], tl.float32)
+        for start in tl.range(0, filled, AT_ONCE):
+            lse = ()
+            o = ()
+            for i in tl.static_range(AT_ONCE):
+                there = inside & (start + i < filled)
+                place = first + start + i
+                lse += (tl.load(lse_ptr + place, mask=there, other=float("-inf")),)
+                o += (tl.load(part_ptr + place * BLOCK_D + n % D, mask=there, other=0.0),)
+            for i in tl.static_range(AT_ONCE):
+                top = tl.maximum(m, lse[i])
+                shift = tl.where(inside, top, 0.0)  # beyond C nothing is finite
+                alpha = tl.exp2(m - shift)
+                weight = tl.exp2(lse[i] - shift)
+                l = l * alpha + weight
+                acc = acc * alpha + weight * o[i]
+                m = top
+        x += (tl.where(inside, acc / l, 0.0),)
+    return x
+
+
+@triton.jit
+def _decode_out_kernel(
+    part_ptr,  # [B, H, splits, BLOCK_D] fp32
+    lse_ptr,  # [B, H, splits] fp32, log2 units
+    lengths_ptr,  # [B] int32
+    w_ptr,  # [C, C]
+    bias_ptr,  # [C]
+    x_ptr,  # [B, C] fp32
+    H,
+    num_splits,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BK: tl.constexpr,
+    R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _ask(PDL)
+    first = tl.program_id(0) * (GROUPS * R)
+    w = _weight_rows(w_ptr, first, C, C, BK, R, GROUPS)
+    bias = _vector(bias_ptr, first, C, R, GROUPS)
+    b = tl.program_id(1)
+    filled = tl.load(lengths_ptr + b) // SPLIT + 1
+    _wait(PDL)
+    o = _merged(part_ptr, lse_ptr, b * H, filled, num_splits, C, D, BLOCK_D, BK, R, AT_ONCE)
+    _add_product(w, o, bias, x_ptr + b * C, first, C, (C + BK - 1) // BK, R, GROUPS)
+
+
+@triton.jit
+def _add_product(w, h, bias, x_ptr, first, C, CHUNKS: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr):
+    """x [C] += w h + bias, for this program's rows of w."""
+    for g in tl.static_range(GROUPS):
+        n = first + g * R + tl.arange(0, R)
+        before = tl.load(x_ptr + n, mask=n < C, other=0.0)
+        tl.store(x_ptr + n, before + (_product(w, h, g, CHUNKS) + bias[g]), mask=n < C)
+
+
+@triton.jit
+def _decode_proj_kernel(
     h_ptr,  # [B, K]
     w_ptr,  # [C, K]
     bias_ptr,  # [C]
@@ -167,7 +258,6 @@ def _decode_add_kernel(
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """x += h w^T + bias: what attention and the MLP add to the residual stream."""
     _ask(PDL)
     first = tl.program_id(0) * (GROUPS * R)
     w = _weight_rows(w_ptr, first, C, K, BK, R, GROUPS)
@@ -175,11 +265,7 @@ def _decode_add_kernel(
     _wait(PDL)
     b = tl.program_id(1)
     h = _activations(h_ptr + b * K, K, BK, R)
-    for g in tl.static_range(GROUPS):
-        n = first + g * R + tl.arange(0, R)
-        before = tl.load(x_ptr + b * C + n, mask=n < C, other=0.0)
-        y = _product(w, h, g, (K + BK - 1) // BK) + bias[g]
-        tl.store(x_ptr + b * C + n, before + y, mask=n < C)
+    _add_product(w, h, bias, x_ptr + b * C, first, C, (K + BK - 1) // BK, R, GROUPS)
 
 
 @triton.jit
@@ -232,23 +318,28 @@ def pack_layer(weights, packed=None):
 
 @dataclass
 class DecodeBuffers:
-    """What passes from kernel to kernel, for B rows of width C and an inner width of `inner`."""
+    """What passes from kernel to kernel, for B rows of width C, H heads, and an inner width of `inner`."""
 
     x: torch.Tensor  # [B, C] fp32
     q: torch.Tensor  # [B, C] fp32
-    o: torch.Tensor  # [B, C] fp32
     h: torch.Tensor  # [B, inner]
+    part: torch.Tensor  # [B, H, splits, BLOCK_D] fp32
+    lse: torch.Tensor  # [B, H, splits] fp32
 
     @classmethod
-    def make(cls, B, C, inner, dtype, device):
-        x, q, o = (torch.empty(B, C, dtype=torch.float32, device=device) for _ in range(3))
-        return cls(x, q, o, torch.empty(B, inner, dtype=dtype, device=device))
+    def make(cls, B, C, H, inner, capacity, dtype, device):
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        splits, BLOCK_D = triton.cdiv(capacity, SPLIT), triton.next_power_of_2(C // H)
+        h = empty(B, inner, dtype=dtype)
+        return cls(empty(B, C), empty(B, C), h, empty(B, H, splits, BLOCK_D), empty(B, H, splits))
 
 
 def _pdl():
-    """Whether kernels are launched ahead of the end of the one before: from Hopper on."""
+    """Whether kernels are launched ahead of the end of the one before."""
     arch = active_arch()
-    return isinstance(arch, int) and arch >= 90
+    return DEPENDENT and isinstance(arch, int) and arch >= 90
 
 
 def _options(**rest):
@@ -268,12 +359,18 @@ def _qkv_plan(B, C, H, capacity, eps, is_first):
 
 
 def _attention_plan(B, C, H, capacity, scale):
+    D, splits = C // H, triton.cdiv(capacity, SPLIT)
+    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), SPLIT=SPLIT)
+    return (B * H * splits,), (B, H, capacity, splits, scale * LOG2E), options, {}
+
+
+def _out_plan(B, C, H, capacity):
     D = C // H
-    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), KEYS=KEYS, STAGES=STAGES)
-    return (B * H,), (H, capacity, scale * LOG2E), options, {}
+    shape = {"C": C, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLIT": SPLIT, "AT_ONCE": AT_ONCE}
+    return _rows_plan(B, C, C, (H, triton.cdiv(capacity, SPLIT)), **shape)
 
 
-def _add_plan(B, C, inner):
+def _proj_plan(B, C, inner):
     return _rows_plan(B, C, inner, (C,), K=inner)
 
 
@@ -283,7 +380,8 @@ def _fc_plan(B, C, N, eps, gelu):
 
 _launch_qkv = Launcher(_decode_qkv_kernel, _qkv_plan)
 _launch_attention = Launcher(_decode_attention_kernel, _attention_plan)
-_launch_add = Launcher(_decode_add_kernel, _add_plan)
+_launch_out = Launcher(_decode_out_kernel, _out_plan)
+_launch_proj = Launcher(_decode_proj_kernel, _proj_plan)
 _launch_fc = Launcher(_decode_fc_kernel, _fc_plan)
 
 
@@ -299,8 +397,8 @@ def decode_step(ids, lengths, cache, layers, embeddings, final_norm, head, logit
     for i, (ln_1, qkv, out, ln_2, fc, proj) in enumerate(layers):
         tensors = (*embeddings, ids, lengths, *ln_1, *qkv, buffers.x, buffers.q, cache[i])
         _launch_qkv(tensors, *shape, eps, i == 0)
-        _launch_attention((buffers.q, cache[i], lengths, buffers.o), *shape, scales[i])
-        _launch_add((buffers.o, *out, buffers.x), B, C, C)
+        _launch_attention((buffers.q, cache[i], lengths, buffers.part, buffers.lse), *shape, scales[i])
+        _launch_out((buffers.part, buffers.lse, lengths, *out, buffers.x), *shape)
         _launch_fc((buffers.x, *ln_2, *fc, buffers.h), B, C, fc[0].shape[0], eps, True)
-        _launch_add((buffers.h, *proj, buffers.x), B, C, proj[0].shape[1])
+        _launch_proj((buffers.h, *proj, buffers.x), B, C, proj[0].shape[1])
     _launch_fc((buffers.x, *final_norm, head, None, logits), B, C, head.shape[0], eps, False)

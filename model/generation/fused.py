@@ -70,7 +70,7 @@ def _matrices(block):
 class FusedStep:
     """What kernels/decode takes of a model: its weights, the matrices packed, and buffers for B rows."""
 
-    def __init__(self, model, B):
+    def __init__(self, model, B, capacity):
         self.model, config = model, model.config
         transformer = model.transformer
         self.packed = [pack_layer([x.weight for x in _matrices(block)]) for block in transformer.h]
@@ -81,7 +81,8 @@ class FusedStep:
             ln_1, ln_2 = norms
             self.layers.append((ln_1, qkv, out, ln_2, fc, proj))
         self.scales = [block.attn.scale for block in transformer.h]
-        self.buffers = DecodeBuffers.make(B, config.n_embd, config.inner_dim, model.dtype, model.device)
+        sizes = B, config.n_embd, config.n_head, config.inner_dim, capacity
+        self.buffers = DecodeBuffers.make(*sizes, model.dtype, model.device)
 
     def refresh(self):
         """Packs the matrices anew, at the same addresses: the model's may have changed in place."""

@@ -108,7 +108,7 @@ class GenerationMixin(torch.nn.Module):
         each 256 tokens of length, and replay it. The graphs and their cache memory stay with the model until
         release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger
         "model.generation.graph" says why. False: never.
-        decode_kernel: "auto", "fused" or "plain": whether a captured step of at most 8 rows goes by kernels of its own
+        decode_kernel: "auto", "fused" or "plain": whether a captured step of at most 4 rows goes by kernels of its own
         (kernels/decode; a second copy of the layers' matrices stays with the graph) or by those of the forward pass,
         which gives the ordinary step's bits. "auto": fused where they can; "fused" raises ValueError elsewhere.
         Also typical_p, suppress_tokens, sequence_bias, prefix_allowed_tokens_fn(row, ids), renormalize_logits;

@@ -95,7 +95,7 @@ class DecodeStep:
     def __init__(self, model, B, capacity, fused=False):
         config, device = model.config, model.device
         self.batch_size = B
-        self.fused = FusedStep(model, B) if fused else None
+        self.fused = FusedStep(model, B, capacity) if fused else None
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.lengths = PerRow(B, device)
         self.data = KVCache(config, B, capacity=capacity, device=device, dtype=model.dtype).data

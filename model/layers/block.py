@@ -151,7 +151,11 @@ def _linear_backward(d, x, weight, needs_x, needs_weight, needs_bias):
     dx = torch.mm(d, weight.t()) if needs_x else None
     if needs_x and dx.dtype is not d.dtype:  # backward under autocast, where autograd casts what it hands on
         dx = dx.to(d.dtype)
-    return dx, torch.mm(x.t(), d) if needs_weight else None, d.sum(0) if needs_bias else None
+    return (
+        dx,
+        torch.mm(x.t(), d) if needs_weight else None,
+        d.sum(0, dtype=d.dtype) if needs_bias else None,
+    )  # autocast sums to fp32
 
 
 class BlockFunction(torch.autograd.Function):

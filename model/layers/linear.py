@@ -94,7 +94,7 @@ class _AlignedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return vocabulary_product(x, weight, None, empty_aligned(x.shape[0], weight.shape[0], x))
+        return vocabulary_product(x, weight, empty_aligned(x.shape[0], weight.shape[0], x))
 
     @staticmethod
     def backward(ctx, dy):
@@ -107,7 +107,16 @@ class _AlignedLinear(torch.autograd.Function):
             dx = dy[:, first] @ weight[first]
             for columns in rest:
                 dx = torch.addmm(dx, dy[:, columns], weight[columns])
-        return dx, dy.T @ x if ctx.needs_input_grad[1] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            parts = [dy[:, columns].T for columns in vocabulary_parts(dy)]
+            if torch.is_grad_enabled() or len(parts) == 1:  # somebody differentiates this
+                dweight = dy.T @ x
+            else:
+                dweight = torch.empty_like(weight)
+                for part, columns in zip(parts, vocabulary_parts(dy)):
+                    torch.mm(part, x, out=dweight[columns])
+        return dx, dweight
 
 
 def _transformed():

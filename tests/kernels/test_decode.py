@@ -8,21 +8,23 @@ from lanes import across_lanes
 from numerics import assert_close
 
 from kernels.decode import MAX_ROWS, DecodeBuffers
-from kernels.decode.step import BK, KEYS
+from kernels.decode import step as step_module
+from kernels.decode.step import BK, SPLIT
+from kernels.launch import forget
 from kernels.simulator import simulate
 from model import GPT2, GPT2Config
 from model.cache import KVCache
 from model.generation.fused import FusedStep
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-CAPACITY = 2 * KEYS
+CAPACITY = 2 * SPLIT
 V = 131
 
 
 def build(dtype, device, n_layer=2, n_embd=96, n_head=2, **fields):
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=3 * KEYS, vocab_size=V, bos_token_id=0, **fields
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=3 * SPLIT, vocab_size=V, bos_token_id=0, **fields
     )
     model = GPT2(config, attn_implementation="eager", kernel_implementation="torch").eval()
     for parameter in model.parameters():
@@ -42,7 +44,7 @@ def held_cache(model, lengths, capacity=CAPACITY):
 
 def by_kernels(model, ids, data, lengths):
     B, device = len(lengths), model.device
-    step = FusedStep(model, B)
+    step = FusedStep(model, B, data.shape[4])
     logits = torch.full((B, model.config.vocab_size), torch.nan, device=device)
     counts = torch.tensor(lengths, dtype=torch.int32, device=device)
     step.run(torch.tensor(ids, device=device)[:, None], counts, data, logits)
@@ -67,8 +69,8 @@ def new_slots(data, lengths):
 
 @across_lanes(F32, F16, BF16, lanes=("sm_80", "sm_90", "gpu"))
 def test_logits_keys_and_values_are_those_of_the_forward_pass(lane, dtype):
-    """At lengths on both sides of a tile of keys, and in an empty cache."""
-    lengths, ids = [KEYS + 6, 0, KEYS - 1, KEYS], [3, 77, 130, 9]
+    """At lengths on both sides of a split, and in an empty cache."""
+    lengths, ids = [SPLIT + 6, 0, SPLIT - 1, SPLIT], [3, 77, 130, 9]
     model = build(dtype, lane.device)
     data = held_cache(model, lengths)
     before = data.clone()
@@ -104,9 +106,9 @@ def test_widths_scales_and_weights_of_any_kind(lane, dtype, fields):
 @across_lanes(F16, lanes=("sm_90", "gpu"))
 def test_a_row_depends_on_neither_the_batch_nor_the_capacity(lane, dtype):
     model = build(dtype, lane.device, n_layer=1)
-    lengths = [KEYS + 1, 7, 20]
+    lengths = [SPLIT + 1, 7, 20]
     together = by_kernels(model, [1, 2, 3], held_cache(model, lengths), lengths)
-    alone = by_kernels(model, [2], held_cache(model, lengths[1:2], 3 * KEYS), lengths[1:2])
+    alone = by_kernels(model, [2], held_cache(model, lengths[1:2], 3 * SPLIT), lengths[1:2])
     assert torch.equal(together[1:2], alone)
     full = by_kernels(model, [2] * MAX_ROWS, held_cache(model, [7] * MAX_ROWS), [7] * MAX_ROWS)
     assert torch.equal(full, alone.expand_as(full))
@@ -118,30 +120,44 @@ def test_no_order_of_warps_changes_a_bit(seed):
     model = build(F16, "cpu", n_layer=1)
     results = []
     for options in ({}, {"seed": seed}):
-        data = held_cache(model, [KEYS + 1, 7])
+        data = held_cache(model, [SPLIT + 1, 7])
         with simulate("sm_90", **options):
-            results.append(by_kernels(model, [1, 2], data, [KEYS + 1, 7]))
+            results.append(by_kernels(model, [1, 2], data, [SPLIT + 1, 7]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.simulate
+def test_a_launch_ahead_of_the_end_of_the_one_before_changes_nothing(monkeypatch):
+    """Off, for an H100 was slower with it; the kernels are written for it."""
+    model, results = build(F16, "cpu", n_layer=1), []
+    for dependent in (False, True):
+        monkeypatch.setattr(step_module, "DEPENDENT", dependent)
+        forget()
+        with simulate("sm_90"):
+            results.append(by_kernels(model, [1], held_cache(model, [7]), [7]))
+    forget()
     assert torch.equal(*results)
 
 
 @pytest.mark.simulate
 def test_five_launches_a_layer_read_each_weight_once():
     """Simulated, at a width of GPT-2's kind: bytes over the least possible, weights and keys and values once."""
-    C, layers, length = 256, 2, KEYS - 1
+    C, layers, length = 256, 2, SPLIT - 1
     model = build(F16, "cpu", n_layer=layers, n_embd=C, n_head=4)
-    data = held_cache(model, [length], KEYS)
+    data = held_cache(model, [length], SPLIT)
     with simulate("sm_90") as gpu:
         by_kernels(model, [3], data, [length])
     names = [launch.kernel.removeprefix("_decode_").removesuffix("_kernel") for launch in gpu.launches]
-    assert names == ["qkv", "attention", "add", "fc", "add"] * layers + ["fc"]
+    assert names == ["qkv", "attention", "out", "fc", "proj"] * layers + ["fc"]
     weights = 2 * (layers * 12 * C * C + V * C)
     keys = 2 * layers * 2 * C * (length + 1)
     counters = [launch.counters for launch in gpu.launches]
     moved = sum(counter.global_read + counter.global_written for counter in counters)
-    assert moved < 1.9 * (weights + keys)  # each warp reads the row and the norm for itself, from L1 but for the first
+    assert moved < 2.1 * (weights + keys)  # each warp reads the row and the norm for itself, from L1 but for the first
 
 
 def test_what_the_buffers_hold():
-    buffers = DecodeBuffers.make(2, 96, 384, F16, "cpu")
+    buffers = DecodeBuffers.make(2, 96, 2, 384, 2 * SPLIT + 1, F16, "cpu")
     assert (buffers.h.shape, buffers.h.dtype) == ((2, 384), F16)
-    assert {x.dtype for x in (buffers.x, buffers.q, buffers.o)} == {F32}
+    assert buffers.part.shape == (2, 2, 3, 64)
+    assert {x.dtype for x in (buffers.x, buffers.q, buffers.part, buffers.lse)} == {F32}

@@ -522,8 +522,8 @@ class TestFallingBack:
         (lambda model: model.set_kernel_implementation("torch"), {}, "PyTorch's operations were chosen"),
         (
             lambda model: None,
-            {"num_return_sequences": 9, "do_sample": True},
-            "there are 9 rows; at most 8 are served",
+            {"num_return_sequences": 5, "do_sample": True},
+            "there are 5 rows; at most 4 are served",
         ),
         (lambda model: None, {"cuda_graph": False}, "it is for captured steps; cuda_graph=False has none"),
         (lambda model: None, {"num_beams": 2}, "beam search reorders the cache at each step"),
