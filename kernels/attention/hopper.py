@@ -25,8 +25,8 @@ What must hold, and is not checked by the compiler:
 - A tile that reaches beyond the last row is filled up with zeros, and its bytes count as copied.
 
 FLOPs and bytes are forward.py's at 64 queries a program: k and v are read once per 64 queries. Compiled for sm_90 in
-bf16 at D = 64 by Triton 3.7.1 it takes 6.9 instructions per score of a thread, and 154 registers: three
-programs share a multiprocessor, and the softmax of one runs under the products of the others too.
+bf16 at D = 64 by Triton 3.7.1 the loop takes 6.9 instructions per score of a thread, and the kernel 168 registers:
+three programs share a multiprocessor, and the softmax of one runs under the products of the others too.
 """
 
 import torch
@@ -69,21 +69,42 @@ def _matrix(slots, i, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m_i, end, n, scale_log2, MASKED: gl.constexpr, SEES_ALL: gl.constexpr, BLOCK_N: gl.constexpr):
-    """p, its sums over every eighth key, alpha and the new maximum, of scores [64, BLOCK_N] of keys from n on.
+def _scores(q, k):
+    """q k^T, a product in flight."""
+    M: gl.constexpr = q.shape[0]
+    N: gl.constexpr = k.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    nothing = gl.zeros([M, N], gl.float32, layout)
+    return warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _partial_sums(p):
+    """Of each row's every eighth element, [M, PARTS]."""
+    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // PARTS, PARTS]), 1)
+
+
+@gluon.jit
+def _per_row(x, like):
+    """x [M] as a column beside `like` [M, N]."""
+    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def _softmax(s, m_i, end, n, scale_log2, MASKED: gl.constexpr, SEES_ALL: gl.constexpr):
+    """p, alpha and the new maximum, of scores [64, keys] of keys from n on.
 
     end: a row sees the keys below it. SEES_ALL: every row sees some key in the first tile already.
     """
     if MASKED:
-        offs_n = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s.type.layout))
-        s = gl.where(end[:, None] > offs_n[None, :], s, float("-inf"))
+        offs_n = n + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+        s = gl.where(_per_row(end, s) > offs_n[None, :], s, float("-inf"))
+    m_i = gl.convert_layout(m_i, gl.SliceLayout(1, s.type.layout))
     m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2)
     m_shift = m_new
     if not SEES_ALL:
         m_shift = gl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
-    p = gl.exp2(s * scale_log2 - m_shift[:, None])
-    alpha = gl.exp2(m_i - m_shift)
-    return p, gl.sum(gl.reshape(p, [p.shape[0], BLOCK_N // PARTS, PARTS]), 1), alpha, m_new
+    return gl.exp2(s * scale_log2 - m_shift[:, None]), gl.exp2(m_i - m_shift), m_new
 
 
 @gluon.jit
@@ -109,6 +130,9 @@ def _attention_hopper_kernel(
     SEES_ALL: gl.constexpr,  # every query sees some key of the first tile, the only one that needs a mask
 ):
     dtype: gl.constexpr = q_desc.dtype
+    # Every other tile of queries sees only the first half of its last tile of keys, and computes no more of it, unless
+    # there is no other.
+    HAS_HALVES: gl.constexpr = IS_CAUSAL and SEES_ALL and BLOCK_N == 2 * BLOCK_M
     # Accumulators of scores and of o, and p as the left operand of the second product: in registers, as WGMMA has them.
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16])
@@ -144,40 +168,56 @@ def _attention_hopper_kernel(
         _load_tile(k_desc, bi, hi, last - i * BLOCK_N, full.index(1 + i), k_slots.index(i), i < tiles)
         _load_tile(v_desc, bi, hi, last - i * BLOCK_N, full.index(3 + i), v_slots.index(i), i < tiles)
 
-    # Tile 0: there is no product of v yet under which its softmax could run.
     q = _matrix(q_slot, 0, BLOCK_M, HEAD_DIM)
-    no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
+    acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, o_layout)
+    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, rows)
+    l_i = _partial_sums(gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout))
     mbarrier.wait(full.index(0), 0)
     mbarrier.wait(full.index(1), 0)
-    k = _matrix(k_slots, 0, BLOCK_N, HEAD_DIM)
-    s = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    _load_tile(k_desc, bi, hi, last - 2 * BLOCK_N, full.index(1), k_slots.index(0), tiles > 2)
-    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, rows)
-    p, l_i, _, m_i = _softmax(s, m_i, end, last, scale_log2, True, SEES_ALL, BLOCK_N)
+    first = 0
+    if HAS_HALVES and tile % 2 == 0 and tiles > 1:
+        # Tile 0 by half: each step is waited for.
+        k = _matrix(k_slots, 0, BLOCK_N, HEAD_DIM).slice(0, BLOCK_M)
+        s = warpgroup_mma_wait(0, deps=(_scores(q, k),))
+        _load_tile(k_desc, bi, hi, last - 2 * BLOCK_N, full.index(1), k_slots.index(0), tiles > 2)
+        p_half, _alpha, m_half = _softmax(s, m_i, end, last, scale_log2, True, SEES_ALL)
+        m_i = gl.convert_layout(m_half, rows)
+        l_i = gl.convert_layout(_partial_sums(p_half), l_i.type.layout)
+        mbarrier.wait(full.index(3), 0)
+        v = _matrix(v_slots, 0, BLOCK_N, HEAD_DIM).slice(0, BLOCK_M)
+        left = gl.convert_layout(p_half.to(dtype), p_layout)
+        acc = warpgroup_mma_wait(0, deps=(warpgroup_mma(left, v, acc, use_acc=False, is_async=True),))
+        _load_tile(v_desc, bi, hi, last - 2 * BLOCK_N, full.index(3), v_slots.index(0), tiles > 2)
+        mbarrier.wait(full.index(2), 0)
+        first = 1
+
+    # The first whole tile: there is no product under which its softmax could run.
+    n = last - first * BLOCK_N
+    s = warpgroup_mma_wait(0, deps=(_scores(q, _matrix(k_slots, first, BLOCK_N, HEAD_DIM)),))
+    _load_tile(k_desc, bi, hi, n - 2 * BLOCK_N, full.index(1 + first), k_slots.index(first), first + 2 < tiles)
+    p, alpha, m_i = _softmax(s, m_i, end, n, scale_log2, True, SEES_ALL)
+    l_i = l_i * _per_row(alpha, l_i) + _partial_sums(p)
+    acc = acc * _per_row(alpha, acc)
     p16 = gl.convert_layout(p.to(dtype), p_layout)
-    acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, o_layout)
-    mbarrier.wait(full.index(3), 0)
+    mbarrier.wait(full.index(3 + first), 0)
 
     # Then the other tiles with a mask, then those without one.
     for PART in gl.static_range(1 if SEES_ALL else 0, 2):
-        for j in range(masked if PART else 1, tiles if PART else masked):
+        for j in range(gl.maximum(masked, first + 1) if PART else first + 1, tiles if PART else masked):
             n = last - j * BLOCK_N
             new = j & 1
             old = new ^ 1
             mbarrier.wait(full.index(1 + new), (j >> 1) & 1)
-            k = _matrix(k_slots, new, BLOCK_N, HEAD_DIM)
-            v = _matrix(v_slots, old, BLOCK_N, HEAD_DIM)
-            s = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            acc = warpgroup_mma(p16, v, acc, is_async=True)
+            s = _scores(q, _matrix(k_slots, new, BLOCK_N, HEAD_DIM))
+            acc = warpgroup_mma(p16, _matrix(v_slots, old, BLOCK_N, HEAD_DIM), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
             _load_tile(k_desc, bi, hi, n - 2 * BLOCK_N, full.index(1 + new), k_slots.index(new), j + 2 < tiles)
-            p, sums, alpha, m_i = _softmax(s, m_i, end, n, scale_log2, PART == 0, SEES_ALL, BLOCK_N)
-            l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
+            p, alpha, m_i = _softmax(s, m_i, end, n, scale_log2, PART == 0, SEES_ALL)
+            l_i = l_i * _per_row(alpha, l_i) + _partial_sums(p)
             mbarrier.wait(full.index(3 + new), (j >> 1) & 1)  # v(j), for the next product; ptxas stays behind it
             acc, p16 = warpgroup_mma_wait(0, deps=(acc, p16))
             _load_tile(v_desc, bi, hi, n - BLOCK_N, full.index(3 + old), v_slots.index(old), j + 1 < tiles)
-            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+            acc = acc * _per_row(alpha, acc)
             p16 = gl.convert_layout(p.to(dtype), p_layout)
 
     acc = warpgroup_mma(p16, _matrix(v_slots, (tiles - 1) & 1, BLOCK_N, HEAD_DIM), acc, is_async=True)

@@ -57,7 +57,7 @@ def test_data_used_before_its_phase_has_ended(launch):
     without = faults(launch, WAIT)
     flipped = faults(launch, r"(mbarrier\.try_wait[^;]*, )(%r\d+);", lambda m: f"xor.b32 %r1, {m[2]}, 1;\n{m[1]}%r1;")
     assert kinds(without) == kinds(flipped) == {AsyncHazard}
-    assert len(without) == len(flipped) == 5
+    assert len(without) == len(flipped) == 7
     for match in launch.find(WAIT):
         with pytest.raises(AsyncHazard, match=r"without having seen its mbarrier's phase end|still fills"):
             launch.run(launch.without(match), seed=1)
@@ -102,7 +102,7 @@ def test_an_mbarrier_that_is_not_there_or_not_fenced(launch):
 def test_a_product_that_is_not_waited_for(launch):
     found = faults(launch, r"(wgmma\.wait_group\.sync\.aligned )(\d+);", lambda m: f"{m[1]}{int(m[2]) + 1};")
     assert kinds(found) == {AsyncHazard}
-    assert len(found) == 4
+    assert len(found) == 6
 
 
 def test_an_operand_in_registers_overwritten_while_its_product_is_in_flight(launch):
@@ -132,10 +132,10 @@ def test_a_slot_filled_again_before_the_product_that_reads_it_is_waited_for(laun
         launch.run(without(late, wait))
 
 
-@pytest.mark.parametrize("refill", [0, 1, 2], ids=["k(0)", "k", "v"])
+@pytest.mark.parametrize("refill", range(5), ids=["half-k", "half-v", "first-k", "k", "v"])
 def test_a_slot_filled_again_while_other_warps_may_still_read_it(launch, good, refill):
     """Triton puts a barrier on either side of `expect`. One of the two is enough; without both, the refill races."""
-    copy = launch.find(COPY)[-3:][refill]
+    copy = launch.find(COPY)[-5:][refill]
     first, second = last_before(launch, r"bar\.sync[^;]*;", copy.start(), 2)
     assert same(launch.run(without(launch.text, second)), good)
     with pytest.raises(SharedMemoryRace, match="overwrites what several warps read since the last barrier, `wgmma"):
