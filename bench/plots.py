@@ -2,225 +2,79 @@
 
     python bench/plots.py out/attention_sweep.json
 
-draws, beside the file, each chart of CHARTS whose fields the file's rows have. A thin bar through a value goes from its
-20th to its 80th percentile; where they are far apart the chart says so. It needs json, numpy and matplotlib, so
-that results from another machine plot the same anywhere. A new bench adds its charts to CHARTS.
+draws, beside the file, each chart of bench/lib/charts.py whose fields the file's rows have, and the roofline of the
+kernels that it measured on a chip whose peak is published; of a visit's results.json, the roofline of all of them. A
+thin bar through a value goes from its 20th to its 80th percentile; where they are far apart the chart says so. It needs
+json, numpy and matplotlib, so that results from another machine plot the same anywhere. --svg draws each as SVG, too.
 """
 
 import argparse
 import io
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 
+if not __package__:  # run by its path: the checkout is found from there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.lib import roofline
+from bench.lib.charts import CHARTS, COLOURS
+from bench.lib.files import write_file
+
 OK = "ok"
 SPREAD = 1.5  # p80 / p20 beyond it: something else used the machine
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One PNG. The fields of `facets` that vary over the rows split it into panels, the others go into the subtitle.
-
-    x, y, series: fields of a row. kind: "lines" for numbers x, "bars" for names x.
-    relative_to: names of series; y becomes (y of the first of them that was measured) / y, a speed-up if y is a time.
-    powers: the x axis is logarithmic to base 2, with a tick at each x.
-    mode: draws only the rows of this mode; None for all.
-    what: draws only the rows of this `what`; None for all.
-    scenario: draws only the rows of this scenario; a row that names none is of "lengths", as in older files.
-    """
-
-    file: str
-    title: str
-    y: str
-    y_label: str
-    x: str = "T"
-    x_label: str = "sequence length T"
-    series: str = "backend"
-    facets: tuple[str, ...] = ("mode", "dtype")
-    relative_to: tuple[str, ...] = ()
-    kind: str = "lines"
-    powers: bool = True
-    mode: str | None = None
-    scenario: str | None = None
-    what: str | None = None
-
-    def rows_of(self, rows):
-        """The rows that this chart draws, or none if one of them lacks a field."""
-        mine = [row for row in rows if self.mode is None or row.get("mode") == self.mode]
-        mine = [row for row in mine if self.scenario is None or row.get("scenario", "lengths") == self.scenario]
-        mine = [row for row in mine if self.what is None or row.get("what") == self.what]
-        return mine if all({self.x, self.y, self.series, *self.facets} <= row.keys() for row in mine) else []
-
-
-_ATTENTION = ("mode", "dtype", "H", "D", "causal")
-CHARTS = (
-    Chart(
-        file="attention_packed.png",
-        title="Attention as the model calls it, [B, T, 3C] to [B, T, C]: speed-up over {baseline}",
-        y="median_ms",
-        y_label="time of {baseline} / time",
-        facets=_ATTENTION,
-        relative_to=("sdpa", "eager"),
-        scenario="packed",
-    ),
-    Chart(
-        file="attention_speedup.png",
-        title="Attention: speed-up over {baseline}",
-        y="median_ms",
-        y_label="time of {baseline} / time",
-        facets=_ATTENTION,
-        relative_to=("sdpa", "eager"),
-        scenario="lengths",
-    ),
-    Chart(
-        file="attention_throughput.png",
-        title="Attention: throughput",
-        y="tflops",
-        y_label="TFLOP/s",
-        facets=_ATTENTION,
-        scenario="lengths",
-    ),
-    Chart(
-        file="attention_padding.png",
-        title="Attention: time with padding",
-        y="median_ms",
-        y_label="ms",
-        x="valid",
-        x_label="share of the keys that is valid",
-        facets=(*_ATTENTION, "T", "padding"),
-        powers=False,
-        scenario="padding",
-    ),
-    Chart(
-        file="attention_dropout.png",
-        title="Attention with dropout: speed-up over {baseline}",
-        y="median_ms",
-        y_label="time of {baseline} / time",
-        facets=(*_ATTENTION, "dropout_p"),
-        relative_to=("sdpa", "eager"),
-        scenario="dropout",
-    ),
-    Chart(
-        file="attention_decode.png",
-        title="Attention, decoding: bytes of the cache over time",
-        y="gb_per_s",
-        y_label="GB/s",
-        x="T_k",
-        x_label="keys in the cache",
-        facets=(*_ATTENTION, "T"),
-        scenario="decode",
-    ),
-    Chart(
-        file="attention_head_dims.png",
-        title="Attention: throughput over head dims",
-        y="tflops",
-        y_label="TFLOP/s",
-        x="D",
-        x_label="head dim D",
-        facets=("mode", "dtype", "T", "causal"),
-        scenario="head-dims",
-    ),
-    Chart(
-        file="pointwise_bandwidth.png",
-        title="LayerNorm, GELU, cross-entropy: share of a copy's bandwidth",
-        y="of_copy",
-        y_label="bandwidth / bandwidth of a copy",
-        x="N",
-        x_label="row width N",
-        series="provider",
-        facets=("op", "mode", "dtype"),
-        powers=False,
-    ),
-    Chart(
-        file="host_overhead.png",
-        title="Host time of a model's step, nothing launched",
-        y="host_us",
-        y_label="us",
-        x="layers",
-        x_label="layers",
-        series="provider",
-        facets=("mode",),
-        powers=False,
-        what="model",
-    ),
-    Chart(
-        file="tokenizer_throughput.png",
-        title="Tokenizers: throughput",
-        y="mb_per_s",
-        y_label="MB/s",
-        x="text",
-        x_label="text",
-        series="tokenizer",
-        facets=("mode", "state", "threads"),
-        kind="bars",
-    ),
-    Chart(
-        file="model_inference.png",
-        title="GPT-2: time of a forward pass",
-        y="median_ms",
-        y_label="time of a forward pass (ms)",
-        x="B",
-        x_label="batch size B",
-        facets=("size", "dtype", "T"),
-        mode="inference",
-    ),
-    Chart(
-        file="transformers_speedup.png",
-        title="GPT-2: speed-up over {baseline}",
-        y="median_ms",
-        y_label="time of {baseline} / time",
-        x="case",
-        x_label="",
-        facets=("size", "dtype"),
-        relative_to=("transformers-sdpa",),
-        kind="bars",
-    ),
-)
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart. A name keeps its colour in every chart.
-COLOURS = {
-    "triton": "#D55E00",
-    "eager": "#555555",
-    "sdpa": "#0072B2",
-    "sdpa-flash": "#56B4E9",
-    "sdpa-cudnn": "#009E73",
-    "sdpa-efficient": "#CC79A7",
-    "sdpa-math": "#E69F00",
-    "flex": "#F0E442",
-    "flash_attention_2": "#000000",
-    "torch": "#0072B2",
-    "compiled": "#56B4E9",
-    "liger": "#009E73",
-}
 SPARE_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
 MARKERS = "osD^vPX*"
 INK, FAINT = "#222222", "#777777"
 STYLE = {"fontsize": 9, "color": INK}
 
 
-def draw(path):
+def draw(path, svg=False):
     """Draws the charts of the JSON file at `path` beside it; returns their paths. ValueError if none fits."""
     path = Path(path)
     environment, rows = load(path)
-    drawn = [(chart, mine) for chart in CHARTS if (mine := chart.rows_of(rows))]
-    if not drawn:
-        raise ValueError(f"{path}: its rows have the fields of no chart in plots.CHARTS")
+    charts = () if environment.get("of_visit") else CHARTS  # of several sweeps together, which have their own files
+    drawn = [(chart, mine) for chart in charts if (mine := chart.rows_of(rows))]
+    points = roofline.points(environment, rows)
+    if not drawn and not points:
+        raise ValueError(f"{path}: its rows have the fields of no chart in bench/lib/charts.py")
     # A quick run's charts must not take the place of a full sweep's either.
     quick = "_quick" if path.stem.endswith("_quick") else ""
     files = [path.with_name(f"{Path(chart.file).stem}{quick}.png") for chart, _ in drawn]
-    return [draw_chart(chart, environment, mine, file) for (chart, mine), file in zip(drawn, files)]
+    figures = [draw_figure(chart, environment, mine) for chart, mine in drawn]
+    if points:
+        figures.append(roofline.draw_figure(environment, points))
+        files.append(path.with_name(f"roofline{quick}.png"))
+    return [out for figure, file in zip(figures, files) for out in save(figure, file, svg)]
+
+
+def save(figure, path, svg=False):
+    """Writes a figure as a PNG at `path` and, if wanted, an SVG beside it; returns the paths."""
+    import matplotlib
+
+    paths = [path, *([path.with_suffix(".svg")] if svg else [])]
+    for out in paths:
+        image, metadata = io.BytesIO(), {"Date": None} if out.suffix == ".svg" else None
+        with matplotlib.rc_context({"svg.hashsalt": "bench", "svg.fonttype": "none"}):  # the same bytes each time
+            figure.savefig(image, format=out.suffix[1:], metadata=metadata)
+        write_file(out, image.getvalue())
+    return paths
 
 
 def load(path):
-    """(environment, rows) of a bench's file. ValueError if it is not one."""
+    """(environment, rows) of a bench's file, or of all of a visit's results. ValueError if it is neither."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    if isinstance(data, dict) and isinstance(data.get("results"), dict):
+        rows = [row for result in data["results"].values() for row in result.get("rows", ()) if roofline.work(row)]
+        data = {"environment": {**data.get("environment", {}), "of_visit": True}, "rows": rows}
     if not isinstance(data, dict) or not isinstance(data.get("rows"), list) or "environment" not in data:
         raise ValueError(f"{path}: an object with `environment` and `rows` is required")
     return data["environment"], data["rows"]
@@ -228,6 +82,11 @@ def load(path):
 
 def draw_chart(chart, environment, rows, path):
     """Draws one chart as a PNG at `path`; returns the path."""
+    return save(draw_figure(chart, environment, rows), path)[0]
+
+
+def draw_figure(chart, environment, rows):
+    """One chart as a matplotlib figure."""
     from matplotlib.figure import Figure  # a second to import, which benches with --no-charts do without
 
     baseline = _baseline(chart, rows)
@@ -252,16 +111,12 @@ def draw_chart(chart, environment, rows, path):
     colours = colours_of([row[chart.series] for row in rows])
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (key, values) in zip(axes, panels.items()):
-        _draw_panel(axis, chart, values, baseline, colours)
+        _draw_panel(axis, chart, values, baseline, colours, roofline.chip_of(environment) if chart.roof else None)
         axis.set_title(", ".join(_word(f, v) for f, v in zip(varying, key)), loc="left", fontsize=10, color=INK)
     for axis in axes[len(panels) :]:
         axis.remove()
 
-    from bench.lib.files import write_file  # found by a copy that is not installed, too: see the last lines
-
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return write_file(path, image.getvalue())
+    return figure
 
 
 def colours_of(names):
@@ -312,20 +167,31 @@ def _draw_spreads(axis, chart, rows, curves, colours):
             axis.vlines(row[chart.x], min(ends), max(ends), color=colours[row[chart.series]], linewidth=1, alpha=0.7)
 
 
-def _draw_panel(axis, chart, rows, baseline, colours):
+def _draw_panel(axis, chart, rows, baseline, colours, chip=None):
     curves = _curves(chart, rows, baseline)
     if not curves:
         axis.text(0.5, 0.5, "nothing was measured", transform=axis.transAxes, ha="center", color=FAINT)
         axis.set(xticks=[], yticks=[])
     if chart.kind == "bars":
         curves.pop(baseline, None)  # the line at 1
-    (_draw_bars if chart.kind == "bars" else _draw_lines)(axis, chart, curves, colours, rows)
+    if chart.kind == "bars":
+        _draw_bars(axis, chart, curves, colours, rows)
+    else:
+        _draw_lines(axis, chart, curves, colours, rows, roofline.curve(chip, rows) if chip else {})
     if baseline is not None:
         axis.axhline(1.0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axis.set_ylim(bottom=0)
+    if not chart.log_y:
+        axis.set_ylim(bottom=0)
     axis.set_xlabel(chart.x_label, **STYLE)
     axis.annotate(
-        _notes(chart, rows), (0, 0), (0, -40), "axes fraction", "offset points", va="top", fontsize=7.5, color=FAINT
+        _notes(chart, rows, chip),
+        (0, 0),
+        (0, -40),
+        "axes fraction",
+        "offset points",
+        va="top",
+        fontsize=7.5,
+        color=FAINT,
     )
     axis.set_ylabel(chart.y_label.format(baseline=baseline or "the baseline"), **STYLE)
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -336,7 +202,7 @@ def _draw_panel(axis, chart, rows, baseline, colours):
     axis.tick_params("x", labelsize=7.5 if chart.kind == "bars" else 8.5)
 
 
-def _draw_lines(axis, chart, curves, colours, rows):
+def _draw_lines(axis, chart, curves, colours, rows, roof):
     names = list(colours)
     ticks = sorted({x for xs, _ in curves.values() for x in xs})
     for name, (xs, ys) in curves.items():
@@ -350,7 +216,17 @@ def _draw_lines(axis, chart, curves, colours, rows):
     axis.minorticks_off()
     top = max((max(ys) for _, ys in curves.values()), default=0.0)
     top = max(top, 1.0) if chart.relative_to else top
-    axis.set_ylim(0, 1.08 * top or 1.0)
+    if chart.log_y and top > 0:
+        axis.set_yscale("log")
+        lowest = min(y for _, ys in curves.values() for y in ys if y > 0)
+        axis.set_ylim(10 ** np.floor(np.log10(lowest)), 10 ** np.ceil(np.log10(1.01 * top)))
+        axis.yaxis.minorticks_off()
+    else:
+        axis.set_ylim(0, 1.08 * max(top, *roof.values(), 0.0) or 1.0)
+    roof = {x: y for x, y in roof.items() if x in ticks}
+    if roof:
+        axis.plot(list(roof), list(roof.values()), color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
+        curves, colours = {**curves, "roof": (list(roof), list(roof.values()))}, {**colours, "roof": FAINT}
     _draw_spreads(axis, chart, rows, curves, colours)
     _label_ends(axis, curves, colours)
 
@@ -358,20 +234,21 @@ def _draw_lines(axis, chart, curves, colours, rows):
 def _label_ends(axis, curves, colours):
     """Names each line at the right, the names pushed apart where the ends are close."""
     ends = sorted((ys[int(np.argmax(xs))], max(xs), name) for name, (xs, ys) in curves.items())
-    top = axis.get_ylim()[1]
-    gap = 0.062 * top
-    heights = [y for y, _, _ in ends]
+    to_axes = axis.transScale + axis.transLimits  # heights as shares of the axis, logarithmic or not
+    gap = 0.062
+    heights = [float(to_axes.transform((x, y))[1]) for y, x, _ in ends]
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
     for i in reversed(range(len(heights))):  # what was pushed beyond the top comes down again
-        heights[i] = min(heights[i], top - (len(heights) - 1 - i) * gap)
+        heights[i] = min(heights[i], 1.0 - (len(heights) - 1 - i) * gap)
     for height, (y, x, name) in zip(heights, ends):
         leader = {"arrowstyle": "-", "color": colours[name], "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
+        leader["relpos"] = (0, 0.5)  # to the beginning of the name
         axis.annotate(
             name,
             (x, y),
             (1.03, height),
-            textcoords=axis.get_yaxis_transform(),
+            textcoords="axes fraction",
             color=colours[name],
             fontsize=9,
             va="center",
@@ -411,7 +288,7 @@ def _subtitle(chart, environment, rows, varying):
     return "\n".join("  ·  ".join(filter(None, words)) for words in lines)
 
 
-def _notes(chart, rows):
+def _notes(chart, rows, chip=None):
     """What is not in the panel, and why: `eager at 8k, 16k (out of memory)`."""
     missing = {}
     for row in rows:
@@ -428,6 +305,8 @@ def _notes(chart, rows):
     if wide:
         where = [f"{row[chart.series]} at {_size(row[chart.x])} ({spread(row):.1f})" for row in wide]
         notes += wrap(f"disturbed, p80/p20 is above {SPREAD}: {', '.join(where)}", 95)
+    if chip is not None:
+        notes.append(f"roof: {chip.name}'s published peak, or its {chip.hbm / 1e12:.2f} TB/s times FLOPs per byte")
     return "\n".join(notes)
 
 
@@ -447,14 +326,14 @@ def _size(x):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench/plots.py", description="Draws the charts of a bench's JSON file.")
     parser.add_argument("file", type=Path, metavar="FILE", help="what a bench wrote, e.g. out/attention_sweep.json")
+    parser.add_argument("--svg", action="store_true", help="draw each as SVG, too")
     args = parser.parse_args(argv)
     try:
-        for path in draw(args.file):
+        for path in draw(args.file, svg=args.svg):
             print(f"wrote {path}")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

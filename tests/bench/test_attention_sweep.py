@@ -54,11 +54,12 @@ def test_a_run_ends_with_the_table_and_its_files(quick_run):
     output, out = quick_run
     lines = output.splitlines()
     assert lines[1].split()[:3] == ["backend", "mode", "dtype"]
-    names = ("attention_sweep_quick.json", "attention_speedup_quick.png", "attention_throughput_quick.png")
-    assert lines[-3:] == [f"wrote {out / name}" for name in names]
+    charts = [f"attention_{chart}_quick.png" for chart in ("speedup", "throughput", "error")]
+    names = ("attention_sweep_quick.json", *charts)
+    assert lines[-4:] == [f"wrote {out / name}" for name in names]
     assert sorted(os.listdir(out)) == sorted(names)
-    assert_chart(out / "attention_speedup_quick.png")
-    assert_chart(out / "attention_throughput_quick.png")
+    for chart in charts:
+        assert_chart(out / chart)
 
 
 def test_a_run_times_eager_and_sdpa_and_only_checks_triton(quick_run):
@@ -275,7 +276,7 @@ def test_a_run_of_every_scenario(capsys, tmp_path, monkeypatch):
     for row in rows:
         nothing = None if row["scenario"] != "decode" else 2 * 2 * 24 * 16 * 4 / 2.0 / 1e6
         assert row["gb_per_s"] == nothing
-    charts = {"packed", "speedup", "throughput", "padding", "dropout", "decode", "head_dims"}
+    charts = {"packed", "speedup", "throughput", "error", "padding", "dropout", "decode", "head_dims"}
     assert {path.name for path in tmp_path.glob("*.png")} == {f"attention_{name}_quick.png" for name in charts}
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend")]
     assert [("gb_per_s" in line, "valid" in line, "checked" in line) for line in tables] == [

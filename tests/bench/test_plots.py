@@ -1,5 +1,6 @@
 """Charts come from the JSON alone, whatever machine wrote it and however many of its rows have no number."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from bench import plots
+from bench.lib import charts, roofline
+from bench.lib.chips import CHIPS
 
 ROOT = Path(plots.__file__).parents[1]
 
@@ -60,15 +63,16 @@ def test_the_command_draws_a_file_from_elsewhere_and_needs_no_torch(tmp_path):
         "run_name='__main__'); assert not {'torch', 'triton'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    charts = [tmp_path / "attention_speedup.png", tmp_path / "attention_throughput.png"]
+    names = ("attention_speedup", "attention_throughput", "attention_error", "roofline")
+    charts = [tmp_path / f"{name}.png" for name in names]
     assert done.stdout == "".join(f"wrote {chart}\n" for chart in charts)
     for chart in charts:
         assert_chart(chart)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_speedup_is_the_baselines_time_over_ones_own():
-    speedup, throughput = plots.CHARTS[1:3]
+    speedup, throughput = charts.CHARTS[1:3]
     rows = [row for row in gpu_rows() if row["mode"] == "forward"]
     assert plots._baseline(speedup, rows) == "sdpa"
     curves = plots._curves(speedup, rows, "sdpa")
@@ -80,7 +84,7 @@ def test_speedup_is_the_baselines_time_over_ones_own():
 
 def test_a_row_without_a_time_is_named_with_its_reason():
     backward = [row for row in gpu_rows() if row["mode"] == "backward"]
-    notes = plots._notes(plots.CHARTS[1], backward)
+    notes = plots._notes(charts.CHARTS[1], backward)
     assert "eager at 16k (out of memory)" in notes
     assert "triton at 4k (failed its correctness gate)" in notes
     assert "sdpa-cudnn at 1k, 4k, 16k (not supported: SDPA has no such kernel for this request)" in notes.replace(
@@ -107,8 +111,82 @@ def test_a_backend_keeps_its_colour():
     assert len(set(colours.values())) == 4
 
 
+def test_an_svg_holds_its_words_and_is_the_same_each_time(tmp_path):
+    written = []
+    for _ in range(2):
+        paths = plots.draw(write(tmp_path / "x.json", gpu_rows()), svg=True)
+        svgs = [path for path in paths if path.suffix == ".svg"]
+        assert len(svgs) == len(paths) / 2
+        written.append([path.read_bytes() for path in svgs])
+    assert written[0] == written[1]
+    assert b">triton</text>" in written[0][0]
+    assert b">roof</text>" in written[0][1]
+
+
+def test_the_roof_is_the_chips_peak_or_what_its_memory_lets_through():
+    chip = CHIPS["sm_90"]
+    assert roofline.chip_of({"device": "NVIDIA H100 80GB HBM3"}) is chip
+    assert roofline.chip_of({"device": "AMD EPYC"}) is roofline.chip_of({}) is None
+    assert roofline.peak(chip, "bfloat16") == pytest.approx(989.4, rel=1e-3)  # the datasheet's
+    assert roofline.peak(chip, "float32") == pytest.approx(61.8, rel=1e-2)
+    assert roofline.roof(chip, "float16", 10.0) == pytest.approx(33.5)
+    rows = [row for row in gpu_rows() if row["mode"] == "forward" and row["backend"] == "sdpa"]
+    for row in rows:
+        row["scenario"] = "lengths"
+    # Forward, causal, fp16: 2 T^2 D operations for 8 T D bytes of q, k, v, o, and 4 T of lse.
+    assert roofline.curve(chip, rows)[1024] == pytest.approx(3.35 * 2 * 1024 * 64 / (8 * 64 + 4))
+    assert roofline.curve(chip, rows)[16384] == pytest.approx(989.4, rel=1e-3)
+
+
+def test_flops_and_bytes_of_a_row_are_those_of_the_benches():
+    case = {"B": 2, "H": 3, "T": 128, "D": 64, "causal": True, "dtype": "float16", "scenario": "lengths"}
+    from bench.lib import attention_cases
+
+    for mode in ("forward", "backward"):
+        of_bench = attention_cases.flops(mode, attention_cases.Case(**case))
+        assert roofline.work({**case, "mode": mode})[1] == of_bench
+    pointwise = {"op": "bias_gelu", "mode": "backward", "dtype": "bfloat16", "M": 4, "N": 8, "gb_per_s": 2.0}
+    assert roofline.work({**pointwise, "median_ms": 3.0}) == ("bias_gelu", 21 * 32, 6e6)
+    assert roofline.work({**pointwise, "status": "out of memory"}) is None
+    assert roofline.work({"mode": "decoding"}) is None
+
+
+def test_a_point_for_each_kernel_and_the_fastest_other(tmp_path):
+    rows = [{**row, "scenario": "lengths"} for row in gpu_rows()]
+    other = {"op": "layer_norm", "mode": "forward", "dtype": "bfloat16", "M": 64, "N": 768, "status": "ok"}
+    rows += [
+        {**other, "provider": name, "gb_per_s": g, "median_ms": 1.0} for name, g in (("triton", 9.0), ("liger", 8.0))
+    ]
+    points = roofline.points({"device": "NVIDIA H100 80GB HBM3"}, rows)
+    assert [point[0] for point in points].count("layer_norm") == 2
+    forward = [point for point in points if point[:3] == ("attention", "forward", "the best other")]
+    assert len(forward) == 3  # of sdpa and sdpa-cudnn the latter, at each length
+    assert roofline.points({"device": "AMD EPYC"}, rows) == []
+    visit = tmp_path / "results.json"
+    visit.write_text(
+        json.dumps({"environment": {"device": "NVIDIA H100 80GB HBM3"}, "results": {"a/b.json": {"rows": rows}}})
+    )
+    assert plots.draw(visit) == [tmp_path / "roofline.png"]
+    assert_chart(tmp_path / "roofline.png")
+
+
+def test_names_at_the_right_do_not_overlap():
+    """On a logarithmic axis, too."""
+    from matplotlib.figure import Figure
+
+    for scale in ("linear", "log"):
+        axis = Figure().subplots()
+        axis.set_yscale(scale)
+        axis.set_ylim(0.1, 10)
+        curves = {f"s{i}": ([1, 2], [1.0, 1.0 + i / 1000]) for i in range(8)}
+        plots._label_ends(axis, curves, dict.fromkeys(curves, "black"))
+        heights = sorted(text.xyann[1] for text in axis.texts)
+        assert min(b - a for a, b in itertools.pairwise(heights)) >= 0.0619
+        assert heights[-1] <= 1.0
+
+
 def test_bars_for_names(tmp_path):
-    chart = plots.Chart(
+    chart = charts.Chart(
         "t.png", "Encoding", "mb_per_s", "MB/s", x="text", x_label="", series="tokenizer", facets=(), kind="bars"
     )
     rows = [{"tokenizer": t, "text": x, "mb_per_s": 3.0} for t in ("ours", "theirs") for x in ("English", "code")]
