@@ -307,7 +307,7 @@ class GPT2Model(PretrainedModel):
                 if is_plain(block, Block):
                     next_norm = self.ln_f if after is None else after.ln_1 if is_plain(after, Block) else None
                     y = block.ln_1(x) if y is None else y
-                    operands = None if whole is None else block.operands(next_norm)
+                    operands: Any = None if whole is None else block.operands(next_norm)
                     launches = None if operands is None else whole.serves(x, y, *operands)
                     if launches is not None:
                         run, arguments = whole, (x, y, *operands[:2], launches)
