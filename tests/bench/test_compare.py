@@ -86,6 +86,6 @@ def test_results_without_a_common_case_and_doubled_rows_are_refused(tmp_path, ca
 def test_the_committed_results_compare(capsys):
     from bench.lib.record import ROOT
 
-    path = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "tiles_128x64" / "lengths.json"
+    path = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "first_visit" / "tiles_128x64" / "lengths.json"
     assert main([str(path), str(path)]) == 0
     assert "faster" not in capsys.readouterr().out
