@@ -1,6 +1,6 @@
 """What the READMEs say is run: each Python block by itself, each command made small; their trees name every file."""
 
-import importlib
+import importlib.util
 import os
 import re
 import runpy

@@ -15,6 +15,7 @@ REST, STAGES = "everything.tar.gz", "stages.json"
 CHARTS = 4  # with README.md, results.json, the archive and one that is being written: eight
 # The first charts, by worth; others follow in the archive.
 FIRST = ("attention_packed", "attention_speedup", "attention_throughput", "transformers_speedup", "pointwise_bandwidth")
+NOT_SHOWN = (".", "attention_error", "roofline")  # bench/plots.py draws these from what is packed; one is half written
 LARGEST = 16 * 2**20
 LONGEST_LOG = 2**18
 
@@ -66,7 +67,7 @@ def charts_of(work):
     """The first charts, one of a name, by worth."""
     found = {}
     for path in sorted(work.glob("*/*.png"), key=lambda path: path.parent.name != "lengths"):
-        if not path.name.startswith("."):
+        if not path.name.startswith(NOT_SHOWN):
             found.setdefault(path.name, path)
 
     def worth(name):
