@@ -18,7 +18,7 @@ if not __package__:  # run by its path: the checkout is found from there
 from bench.lib.chips import CHIPS, SOURCES, bounds, resident_blocks
 from bench.lib.cli import UsageError, output_directory
 from bench.lib.files import write_file
-from bench.lib.kernel_cases import CASES
+from bench.lib.kernel_cases import ARCH_OF, CASES
 from bench.lib.record import environment_of
 from bench.lib.sass import inspect
 from kernels.simulator import simulate
@@ -30,6 +30,8 @@ def report(arch, name_part=""):
     """One row for each kernel of each case whose name holds `name_part`: plain numbers, for JSON and for printing."""
     rows = []
     for case_name, make in CASES.items():
+        if ARCH_OF.get(case_name, arch) != arch:
+            continue
         call, work = make()
         if not any(name_part in label for label in (case_name, *work)):
             continue

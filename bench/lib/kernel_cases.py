@@ -25,11 +25,14 @@ class Work:
 
 
 CASES: dict = {}  # name -> function that makes (call, {kernel's name: Work})
+ARCH_OF: dict = {}  # name of a case that one architecture alone can run -> that architecture
 
 
-def case(name):
+def case(name, arch=None):
     def register(make):
         CASES[name] = make
+        if arch is not None:
+            ARCH_OF[name] = arch
         return make
 
     return register
@@ -51,7 +54,18 @@ def _attention(dtype, B, H, T, D):
     return make
 
 
+def _hopper(B, H, T, D):
+    def make():
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(B, H, T, D).bfloat16() for _ in range(3))
+        work = {"_attention_hopper_kernel": Work(q.numel(), 4 * 2 * q.numel() + 4 * B * H * T)}  # q k v; o lse
+        return lambda: flash_attention(q, k, v, kernel="hopper"), work
+
+    return make
+
+
 case("attention bf16 B1 H2 T1024 D64")(_attention(torch.bfloat16, 1, 2, 1024, 64))
+case("Hopper attention bf16 B1 H2 T1024 D64", arch="sm_90")(_hopper(1, 2, 1024, 64))
 case("attention bf16 B1 H2 T512 D128")(_attention(torch.bfloat16, 1, 2, 512, 128))
 case("attention fp32 B1 H1 T256 D64")(_attention(torch.float32, 1, 1, 256, 64))
 

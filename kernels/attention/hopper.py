@@ -25,7 +25,7 @@ What must hold, and is not checked by the compiler:
 - A tile that reaches beyond the last row is filled up with zeros, and its bytes count as copied.
 
 FLOPs and bytes are forward.py's at 64 queries a program: k and v are read once per 64 queries. Compiled for sm_90 in
-bf16 at D = 64 by Triton 3.7.1 the loop takes 6.9 instructions per score of a thread, and the kernel 168 registers:
+bf16 at D = 64 by Triton 3.7.1 the loop takes 6.9 instructions per score of a thread, and the kernel 161 registers:
 three programs share a multiprocessor, and the softmax of one runs under the products of the others too.
 """
 
@@ -138,7 +138,6 @@ def _attention_hopper_kernel(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
 
     q_slot = gl.allocate_shared_memory(dtype, [1] + q_desc.block_type.shape, q_desc.layout)
     k_slots = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
@@ -225,11 +224,19 @@ def _attention_hopper_kernel(
     l_sum = gl.where(l_sum == 0, 1.0, l_sum)  # a query that saw no key: acc is 0 and m_i is -inf; NaN stays NaN
     gl.store(lse_ptr + head * T_q + offs_m, m_i + gl.log2(l_sum), mask=offs_m < T_q)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    o = acc / gl.convert_layout(l_sum, o_rows)[:, None]
-    offs_m = m + gl.arange(0, BLOCK_M, layout=o_rows)
-    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, o_layout))
+    o = (acc / _per_row(l_sum, acc)).to(dtype)
+    # Each thread gets eight neighbours of a row, by exchanges inside its warp, so that whole sectors are stored.
+    store: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]] + ([[0, 64]] if HEAD_DIM == 128 else []),
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[BLOCK_M, HEAD_DIM],
+    )
+    offs_m = m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, store))
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store))
     o_ptrs = o_ptr + b * stride_ob + h * stride_oh + (offs_m.to(gl.int64) * stride_ot)[:, None] + offs_d[None, :]
-    gl.store(o_ptrs, o.to(dtype), mask=(offs_m < T_q)[:, None])
+    gl.store(o_ptrs, gl.convert_layout(o, store), mask=(offs_m < T_q)[:, None])
 
 
 def refusal(arch, dtype, head_dim, *, padding=False, dropout=False):

@@ -251,6 +251,8 @@ def test_simulated_packed_and_separate_tensors_give_the_same_bits_and_read_each_
     rows = 150 + 2 * (128 + 128 + 150)
     assert gpu.launches[0].counters.global_read == 2 * 2 * rows * 128
     assert gpu.launches[0].counters.bank_conflicts == 0
+    # Outputs are stored in whole sectors: a row of o is four, eight rows of lse are one or two.
+    assert gpu.launches[0].counters.sectors_written <= 2 * 2 * (150 * 4 + 2 * 19)
     # The last of them computes one half of its last tile of keys; four FLOPs per score and head dim.
     assert gpu.launches[0].counters.tensor_flops == 2 * 2 * 64 * (128 + 128 + 192) * 4 * 64
 
