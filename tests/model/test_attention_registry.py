@@ -13,7 +13,7 @@ from kernels import reference
 from model import GPT2
 from model.attention import attention, attention_backends, get_attention, register_attention, registry
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "model/README.md"
 IDS = torch.tensor([[5, 17, 80, 3, 41, 2, 9]])
 EVERY_CAPABILITY = dict.fromkeys(("padding", "dropout", "unequal_lengths", "upcast", "weights"), True)
 
