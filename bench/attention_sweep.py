@@ -37,6 +37,7 @@ from bench.lib.attention_cases import SCENARIOS, SIZES, Case, cache_bytes, flops
 from bench.lib.cli import Parser, UsageError, positive
 from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
 from bench.lib.gate import FORWARD_FACTOR, GRADIENT_FACTOR, OK, judge
+from bench.lib.kernel_names import kind_of, launched
 from bench.lib.lanes import DTYPES, rows_by_lane
 from bench.lib.record import Record
 from kernels import flash_attention, flash_attention_packed, reference
@@ -70,8 +71,9 @@ SCENARIO_COLUMNS = {
     "decode": ("T_k", "gb_per_s"),
     "head-dims": ("H", "D"),
 }
-RESULT = ("median_ms", "p20_ms", "p80_ms", "host_us", "graph_ms", "tflops", "peak_memory_mb", "error", "lane", "status")
-MEASURED = (*TIMES, "tflops", "gb_per_s", "peak_memory_mb", "error")
+TIMED = ("median_ms", "p20_ms", "p80_ms", "host_us", "graph_ms", "tflops")
+RESULT = (*TIMED, "peak_memory_mb", "error", "lane", "kernel", "status")  # kernel: which of its own SDPA took
+MEASURED = (*TIMES, "tflops", "gb_per_s", "peak_memory_mb", "error", "kernel")
 
 
 # Backends
@@ -248,6 +250,9 @@ def timed_rows(case, names, modes, device, quick, lost=lambda name: None):
                 )
             if entry["status"] == OK:
                 passed[name] = entry
+            if entry["status"] == OK and name == "sdpa" and device.type == "cuda":
+                call = make_call(mode, name, inputs, options, packed)
+                entry["kernel"], _ = attempt(lambda call=call: kind_of(launched(call)), provider=name)
         makes = {name: partial(make_call, mode, name, inputs, options, packed) for name in passed}
         for name, timing in measure(makes, device, quick=quick).items():
             passed[name].update(timing)

@@ -22,7 +22,7 @@ ROOT = Path(sweep.__file__).parents[1]
 FIELDS = (
     "backend, mode, dtype, B, H, T, D, causal, T_k, padding, valid, dropout_p, scenario, checked, "
     "median_ms, p20_ms, p80_ms, host_us, host_behind, graph_ms, graph_note, "
-    "tflops, gb_per_s, peak_memory_mb, error, lane, status"
+    "tflops, gb_per_s, peak_memory_mb, error, kernel, lane, status"
 )
 CASE = sweep.Case("float32", B=2, H=2, T=33, D=16, causal=True)
 
