@@ -140,7 +140,7 @@ def ids(value, function, name="ids"):
 def not_an_id(value, function, name="ids"):
     """The error for the first of ids that is none."""
     for id in value:
-        if isinstance(id, (list, tuple)) or getattr(id, "ndim", 0):
+        if isinstance(id, (list, tuple)) or getattr(id, "ndim", None):
             return TypeError(f"{function}: {name} has rows; one row is required (batch_decode takes several)")
         if isinstance(id, bool) or not hasattr(id, "__index__"):
             return TypeError(f"{function}: an id is {type(id).__name__}; {name} must be int")

@@ -7,6 +7,7 @@ vocabulary and `added_tokens.json` what was added. `tokenizer_config.json` and, 
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from . import checks, saving
@@ -82,7 +83,7 @@ def check_is_gpt2(name_or_path, hub):
     if not directory.is_dir():
         if name in GPT2_NAMES or name.startswith(ORGANISATIONS):
             return
-        files = _Repository(name, hub)
+        files: _Files = _Repository(name, hub)
     else:
         files = _Directory(directory, (CONFIG, MODEL))
     said = files.object(CONFIG).get("tokenizer_class")
@@ -194,7 +195,7 @@ def _from_tokenizer_json(files, declared):
             f"{FUNCTION}: {where} has {', '.join(reasons)}; "
             "it must be a byte-level BPE with GPT-2's pattern and nothing else"
         )
-    tokens = {}
+    tokens: dict = {}
     for token in added:
         content, id, special = _added_token(token, None, where)
         if tokens.setdefault(content, (id, special)) != (id, special):
@@ -315,6 +316,11 @@ def _get(content, key, type_, default, where):
 
 class _Files:
     """What a tokenizer is loaded from, by the files' names."""
+
+    name: str
+    holds: Callable[[str], bool]
+    label: Callable[[str], str]
+    content: Callable[[str], bytes]
 
     def object(self, name):
         """The JSON object in a file; {} where there is no such file."""

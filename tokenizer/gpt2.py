@@ -389,7 +389,7 @@ class GPT2Tokenizer(TiktokenNames):
         if len(pieces) == 1 and not self.added_tokens:
             text = self._prefixed(pieces[0])
             return [(self._memo.encode(text), len(pieces[0]), text is not pieces[0])]
-        parts = []
+        parts: list[tuple[list[int], int, bool | None]] = []
         for i, piece in enumerate(pieces):
             if i % 2:
                 parts.append(([self.special_tokens[piece]], len(piece), None))

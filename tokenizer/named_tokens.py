@@ -15,6 +15,7 @@ class NamedTokens:
 
     # Of GPT2Tokenizer.
     special_tokens: dict[str, int]
+    own_special_tokens: dict[str, int]
     added_tokens: dict[str, int]
     roles: dict[str, str]
     vocabulary: Vocabulary

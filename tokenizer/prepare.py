@@ -225,6 +225,9 @@ class _Encoder:
         return ids, sum(len(text.encode()) for _, text in batch)
 
 
+_encode_here: "_Encoder"  # of a worker process
+
+
 def _start(tokenizer):
     global _encode_here
     _encode_here = _Encoder(tokenizer)

@@ -60,7 +60,7 @@ def read(directory, names):
 
 def _paths(directory, names):
     """{name: (where it is, what tells this version of it from others)}."""
-    found = {}
+    found: dict = {}
     for name in names:
         for path in (directory / PENDING / name, directory / name):
             with suppress(OSError):

@@ -18,14 +18,15 @@ def learn_merges(texts, number, progress=True):
     Deterministic: of the pairs that occur most often, the one with the smallest (left id, right id) merges. A pair that
     occurs once does not merge.
     """
-    frequencies = Counter()
+    frequencies: Counter[str] = Counter()
     for text in texts:
         frequencies.update(pieces(text))
     ids = {byte: id for id, byte in enumerate(BYTE_TO_CHAR)}
     names = list(BYTE_TO_CHAR.values())
     words = [([ids[byte] for byte in piece.encode()], count) for piece, count in frequencies.items()]
 
-    counts, holders = Counter(), defaultdict(set)  # pair -> how often; pair -> indices of words that may hold it
+    counts: Counter[tuple[int, int]] = Counter()  # pair -> how often
+    holders: dict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> indices of words that may hold it
     for index, (word, count) in enumerate(words):
         for pair in pairwise(word):
             counts[pair] += count
@@ -34,7 +35,7 @@ def learn_merges(texts, number, progress=True):
     heap = [(-count, pair) for pair, count in counts.items()]
     heapify(heap)
 
-    merges = []
+    merges: list[str] = []
     with _progress(number, progress) as bar:
         while heap and len(merges) < number:
             negative, pair = heappop(heap)
@@ -46,7 +47,7 @@ def learn_merges(texts, number, progress=True):
             left, right = pair
             merges.append(f"{names[left]} {names[right]}")
             names.append(names[left] + names[right])
-            changed = Counter()
+            changed: Counter[tuple[int, int]] = Counter()
             for index in holders.pop(pair):
                 word, count = words[index]
                 merged = _merge(word, left, right, new)

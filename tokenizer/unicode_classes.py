@@ -93,8 +93,8 @@ BEYOND_BMP = "\U00010000-\U0010ffff"
 def _ranges(table, first, last):
     """The ranges of a table, as pairs of code points, that lie in [first, last]; none reaches over U+FFFF."""
     for word in table.split():
-        low, _, high = word.partition("-")
-        low, high = int(low, 16), int(high or low, 16)
+        first_word, _, last_word = word.partition("-")
+        low, high = int(first_word, 16), int(last_word or first_word, 16)
         if first <= low and high <= last:
             yield low, high
 

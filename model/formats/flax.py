@@ -95,7 +95,7 @@ class _Reader:
             return self.map(at, count, where)
         if code <= 0x9F or code in (0xDC, 0xDD):
             count, at = (code & 0x0F, at) if code <= 0x9F else self.number("HI"[code - 0xDC], at)
-            items = []
+            items: list = []
             for _ in range(count):
                 item, at = self.value(at, (*where, len(items)))
                 items.append(item)

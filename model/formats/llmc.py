@@ -27,7 +27,8 @@ def is_llmc(path):
 
 def _layout(config, rows):
     """(name, shape in the file) of each tensor, in the file's order; `rows` of wte, padding among them."""
-    C, shapes = config.n_embd, {}
+    C = config.n_embd
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in BLOCK:
         if name.endswith("c_attn.weight"):
             shapes[name] = (3 * C, C)

@@ -171,7 +171,8 @@ def _varint(content, at):
 
 def _message(content):
     """{field: [values]} of a protocol buffer: integers and bytes."""
-    fields, at = {}, 0
+    fields: dict = {}
+    at = 0
     while at < len(content):
         tag, at = _varint(content, at)
         kind = tag & 7

@@ -41,7 +41,7 @@ class FinePieces:
 
 def _joined_ends(token_bytes):
     """What tokens that go on behind a character hold of it: all, or its last bytes where they start inside it."""
-    ends = set()
+    ends: set[bytes] = set()
     for token in token_bytes:
         if not token.isascii():
             starts = [i for i, byte in enumerate(token) if i and not 0x80 <= byte < 0xC0]

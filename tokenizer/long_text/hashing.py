@@ -61,9 +61,9 @@ class Table:
             differs = (self.b[at] != b[open]) | (self.a[at] != a[open])
             open = open[differs]
             slots[open] = at[differs] + 1 & self.size - 1
-        new = np.concatenate(new) if new else open
-        self.used += len(new)
-        return new
+        claimed = np.concatenate(new) if new else open
+        self.used += len(claimed)
+        return claimed
 
     def _first_slots(self, a, b):
         mixed = (a ^ b * _MIX_B) * _MIX_A
