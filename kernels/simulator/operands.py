@@ -73,8 +73,8 @@ def reader(operand, kind, kernel):
     return read_low
 
 
-# Where tensor maps among the parameters stand, one after the other.
-MAPS_BASE = 0x6F0000000000
+# Where tensor maps among the parameters stand, one after the other: Triton 3.9 takes their addresses by 32 bits.
+MAPS_BASE = 0x6F000000
 # Shared memory starts here in every block, so that address zero is never valid.
 SHARED_BASE = 1024
 

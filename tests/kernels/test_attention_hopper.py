@@ -103,7 +103,7 @@ def test_the_loop_holds_no_mask_and_few_instructions(binaries):
     for (_, D, _), (_, cubin) in binaries.items():
         code, config = inspect(cubin, NAME), HOPPER_FORWARD[D]
         assert "FSEL" not in code.loop_names
-        assert sum(code.loop_names.values()) <= {64: 7.0, 128: 10.6}[D] * config.BLOCK_M * config.BLOCK_N / 128
+        assert sum(code.loop_names.values()) <= {64: 7.1, 128: 10.6}[D] * config.BLOCK_M * config.BLOCK_N / 128
 
 
 @pytest.mark.compile
