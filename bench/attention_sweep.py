@@ -301,7 +301,8 @@ def ahead(argv):
         options = case.options(args.device) | {"dropout_p": case.dropout_p}
         for mode in modes_of(case.scenario, args.mode):
             for name in args.backends:
-                if name in (*KERNELS, "flex"):
+                is_compiled = name in (*KERNELS, "flex")
+                if is_compiled and refusal(name, args.device, case.dtype, case.D, **case.needs()) is None:
                     kind = f"D = {case.D}, {case.padding} padding, dropout {case.dropout_p}, {case.T} queries"
                     kind = kind if case.scenario == "decode" else kind.rpartition(",")[0]
                     label = f"{case.scenario}, {mode}, {name}, {case.dtype}, {kind}"

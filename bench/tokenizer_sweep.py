@@ -4,8 +4,9 @@
     python bench/tokenizer_sweep.py --quick
 
 All three use the vocabulary that ships with ours, and must give the same ids before the clock starts. A text is cut at
-line ends into 16 documents (one where it has no lines). `threads` 1 encodes them one by one in the calling thread;
-more threads use each library's own batch call, and for ours, which has none, a thread pool.
+line ends into 16 documents (one where it has no lines), `documents`, English, into 3 kB each. `threads` 1 encodes them
+in the calling thread, one by one, ours by its batch call; more threads use each library's own batch call, ours a thread
+pool.
 
 `cold` is the first pass over a text with nothing remembered but the vocabulary, `warm` the second. tiktoken remembers
 nothing; Hugging Face keeps 10,000 words; ours keeps far more, so `adversarial`, whose words hardly come twice, has a
@@ -35,6 +36,8 @@ from bench.lib.texts import TEXTS
 from tokenizer import GPT2Tokenizer
 
 DOCUMENTS = 16
+SHORT = 3000  # characters of one of `documents`
+KINDS = {**TEXTS, "documents": TEXTS["english"]}
 MEGABYTES = {"english": 10}
 OTHER_MEGABYTES = 1
 QUICK_MEGABYTES = 0.3
@@ -72,7 +75,7 @@ class Ours:
 
     def encode(self, documents, threads):
         if threads == 1:
-            return [self.tokenizer.encode_ordinary(document) for document in documents]
+            return self.tokenizer.encode_ordinary_batch(documents)
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self.tokenizer.encode_ordinary, documents))
 
@@ -129,7 +132,7 @@ class HuggingFace:
 
 def main(argv=None):
     parser = Parser("bench/tokenizer_sweep.py", __doc__, check, devices=("cpu",))
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="default: all")
+    parser.add_argument("--texts", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument(
         "--megabytes", type=float, metavar="MB", help="size of each text (default: English 10, others 1)"
@@ -154,7 +157,8 @@ def main(argv=None):
 def text_rows(args, name, providers, rounds):
     """The rows of one text."""
     default = QUICK_MEGABYTES if args.quick else MEGABYTES.get(name, OTHER_MEGABYTES)
-    documents = cut(TEXTS[name](int((args.megabytes or default) * 1e6)))
+    text = KINDS[name](int((args.megabytes or default) * 1e6))
+    documents = cut(text, len(text) // SHORT if name == "documents" else DOCUMENTS)
     reference = providers[1].encode(documents, 1)
     rows = []
     for threads in args.threads:
@@ -185,11 +189,11 @@ def versions():
     return {library.__name__: library.__version__ for library in (tiktoken, tokenizers)}
 
 
-def cut(text):
-    """DOCUMENTS parts of a text, each but the last up to a line end; fewer where lines are few."""
+def cut(text, number=DOCUMENTS):
+    """So many parts of a text, each but the last up to a line end; fewer where lines are few."""
     documents, start = [], 0
     while start < len(text):
-        end = text.find("\n", start + len(text) // DOCUMENTS) + 1 or len(text)
+        end = text.find("\n", start + len(text) // max(number, 1)) + 1 or len(text)
         documents.append(text[start:end])
         start = end
     return documents

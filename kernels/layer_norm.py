@@ -478,6 +478,8 @@ def layer_norm(
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
     _check((x, None, weight, bias), eps)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"layer_norm: dtype is {type(dtype).__name__}; it must be a torch.dtype or None")
     if dtype is not None and (dtype not in FLOATS or x.dtype not in (dtype, torch.float32)):
         raise ValueError(
             f"layer_norm: dtype is {dtype} and x has {x.dtype}; it must be x's, or float16 or bfloat16 beside fp32"

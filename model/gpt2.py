@@ -172,6 +172,14 @@ class Block(nn.Module):
             y, x = add_norm(mlp(y), x, next_norm, 0.0)
         return x, y, weights
 
+    def parts(self):
+        """(module, the class that it must be to compute what its name says) of the block and all in it."""
+        attn, mlp = self.attn, self.mlp
+        yield from ((self, Block), (attn, Attention), (mlp, MLP), (getattr(mlp, "act", None), Activation))
+        yield from ((norm, LayerNorm) for norm in (self.ln_1, self.ln_2))
+        for part, names in ((attn, ("c_attn", "c_proj")), (mlp, ("c_fc", "c_proj"))):
+            yield from ((getattr(part, name, None), Conv1D) for name in names)
+
     def operands(self, next_norm):
         """(weights, numbers, kernels) for Blocks; None where a part is observed, or something stands in its place."""
         attn, mlp, ln_2 = map(self._modules.get, ("attn", "mlp", "ln_2"))

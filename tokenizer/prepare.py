@@ -221,7 +221,8 @@ class _Encoder:
         self.tokenizer = tokenizer
 
     def __call__(self, batch):
-        ids = [(number, np.array(self.tokenizer.encode_ordinary(text), np.uint16)) for number, text in batch]
+        rows = self.tokenizer.encode_ordinary_batch([text for _, text in batch])
+        ids = [(number, np.array(row, np.uint16)) for (number, _), row in zip(batch, rows)]
         return ids, sum(len(text.encode()) for _, text in batch)
 
 

@@ -13,6 +13,8 @@ class TiktokenNames(NamedTokens):
 
     encode_ordinary: Callable  # of GPT2Tokenizer
     decode_bytes: Callable
+    _memo: Any
+    _prefixed: Callable
 
     @property
     def n_vocab(self) -> int:
@@ -42,7 +44,11 @@ class TiktokenNames(NamedTokens):
 
     def encode_ordinary_batch(self, text: Iterable[str]) -> list[list[int]]:
         """A list of `encode_ordinary(text)` of a list of texts."""
-        return [self.encode_ordinary(one) for one in checks.texts(text, "GPT2Tokenizer.encode_ordinary_batch", "text")]
+        texts = list(checks.texts(text, "GPT2Tokenizer.encode_ordinary_batch", "text"))
+        try:
+            return self._memo.encode_many([self._prefixed(one) for one in texts])
+        except UnicodeEncodeError:  # half a surrogate pair: one by one, with an error that says where
+            return [self.encode_ordinary(one) for one in texts]
 
     def encode_to_numpy(self, text: str, **special: Any) -> Any:
         """As `encode`, in a uint32 array."""

@@ -5,7 +5,7 @@ import torch
 from kernels.checks import FLOATS
 from kernels.decode import MAX_ROWS, DecodeBuffers, decode_step, pack_layer
 from model.attention import get_attention
-from model.layers.linear import Conv1D, Head
+from model.layers.linear import Head
 from model.layers.norm import LayerNorm
 from model.layers.observed import is_plain
 from model.layers.ops import TANH_GELU, use_triton
@@ -41,22 +41,13 @@ def refusal(model, B):
 
 def _parts(model):
     """(module, the class that it must be), for all whose place the kernels take."""
-    from model.gpt2 import MLP, Activation, Attention, Block  # which imports this package
-
     transformer = model.transformer
     yield transformer.wte, torch.nn.Embedding
     yield transformer.wpe, torch.nn.Embedding
     yield transformer.ln_f, LayerNorm
     yield model.lm_head, Head
     for block in transformer.h:
-        yield block, Block
-        yield block.attn, Attention
-        yield block.mlp, MLP
-        yield block.mlp.act, Activation
-        for norm in (block.ln_1, block.ln_2):
-            yield norm, LayerNorm
-        for linear in _matrices(block):
-            yield linear, Conv1D
+        yield from block.parts() if hasattr(block, "parts") else [(block, None)]
 
 
 def _is_plain(part):

@@ -84,6 +84,33 @@ def test_blocks_are_cut_between_words(text):
     assert [piece for block in blocks for piece in cut(block.decode())] == pieces(text)
 
 
+@pytest.fixture(scope="module")
+def together():
+    """A tokenizer that takes texts together from the first on, of which it remembers those before."""
+    tokenizer = GPT2Tokenizer.from_pretrained("gpt2")
+    tokenizer._memo.long_text = tokenizer._memo.much_text = 0
+    return tokenizer
+
+
+@given(texts=st.lists(ANY_TEXT | SPECIAL_TEXT, max_size=8), block=st.sampled_from([3, 1 << 20]))
+@settings(max_examples=400, deadline=None)
+@example(texts=["a ", " b", "", " ", "\u3000", "c\u3000\n", "\n\nd", "e"], block=3)
+@example(texts=["\u2003a", "\x85 a\x85", "'s", "s '", " 's"], block=3)
+def test_texts_together_are_texts_one_by_one(together, gpt2, texts, block):
+    size, spans.BLOCK = spans.BLOCK, block
+    try:
+        ids = together.encode_ordinary_batch(texts)
+    finally:
+        spans.BLOCK = size
+    assert ids == [gpt2._memo._pieces.encode(text) for text in texts]
+
+
+def test_half_a_surrogate_pair_among_texts_is_said_with_its_place(together):
+    with pytest.raises(ValueError, match="surrogate"):
+        together.encode_ordinary_batch(["fine", "a\ud800b"])
+    assert together.encode_ordinary_batch(["\ud83d\ude00"]) == together.encode_ordinary_batch(["😀"])
+
+
 def test_a_table_finds_what_was_claimed_and_nothing_else():
     draw = np.random.default_rng(0)
     a, b = (draw.integers(1, 50, 5000).astype(np.uint64) for _ in range(2))

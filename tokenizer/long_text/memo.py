@@ -10,6 +10,7 @@ PIECES_BYTES = 16 << 20
 
 # ASCII whitespace that starts a run: a cut inside one would part what may be one token.
 _RUN = re.compile(f"[\t-\r ](?<![{WHITESPACE}][\t-\r ])")
+_SPACES = "".join(re.findall(f"[{WHITESPACE}]", "".join(map(chr, range(0x3001)))))
 
 
 class Pieces(dict):
@@ -78,12 +79,36 @@ class Memo:
         self._seen += len(text)
         if len(text) < self.long_text or self._seen < self.much_text:
             return self._pieces.encode(text)
+        run = _RUN.search(text)
+        head = run.start() if run else len(text)
+        ids = self._numpy_words().encode(text[head:].encode())
+        ids[:0] = self._pieces.encode(text[:head])
+        return ids
+
+    def encode_many(self, texts):
+        """Token ids (list[int]) of each of texts, as encode gives them one by one; short ones go together.
+
+        Where a text ends nothing but a run of whitespace depends on what follows: so each is taken from its first
+        whitespace on and without its last run, and then they stand one behind the other as one text would.
+        """
+        size = sum(map(len, texts))
+        if self._seen + size < self.much_text:
+            return [self.encode(text) for text in texts]
+        self._seen += size
+        heads, bodies, ends = [], [], []
+        for text in texts:
+            end = len(text.rstrip(_SPACES))
+            run = _RUN.search(text, 0, end)
+            head = run.start() if run else end
+            heads.append(self._pieces.encode(text[:head]))
+            bodies.append(text[head:end].encode())
+            ends.append(self._pieces.encode(text[end:]))
+        middles = self._numpy_words().encode_many(bodies)
+        return [head + middle + end for head, middle, end in zip(heads, middles, ends)]
+
+    def _numpy_words(self):
         if self._words is None:
             from .words import Words
 
             self._words = Words(self._pieces)
-        run = _RUN.search(text)
-        head = run.start() if run else len(text)
-        ids = self._words.encode(text[head:].encode())
-        ids[:0] = self._pieces.encode(text[:head])
-        return ids
+        return self._words
