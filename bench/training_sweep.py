@@ -27,6 +27,7 @@ from bench.lib.record import Record
 from bench.model_sweep import peak_with_weights_mb
 from model import attention_backends
 from model.config import PRESETS
+from model.training.captured import refusal as cannot_capture
 from model.training.optimizer import flops_per_token, peak_flops
 
 SIZES = {"cuda": ((8, 16, 32), (1024,)), "cpu": ((1, 2), (128,))}  # batches, lengths
@@ -60,7 +61,7 @@ def rows_of(args, providers, judged, B, T, lost=lambda name: None):
     for provider in providers:
         row = rows[provider.name]
         if row["status"] == OK:
-            make = partial(provider.optimizer_step, B, T, DTYPES[args.dtype])
+            make = partial(provider.optimizer_step, B, T, DTYPES[args.dtype], args.capture)
             peak = attempt(peak_with_weights_mb, provider, make, args.device, provider=provider.name)
             row["peak_memory_mb"], row["status"] = peak
             if row["status"] == OK:
@@ -85,6 +86,7 @@ def parser():
     result.add_argument("--dtype", choices=DTYPES, help="of the products; default: bfloat16 on a GPU, else float32")
     result.add_argument("--batch", type=positive, nargs="+", metavar="B", help="default: 8 16 32 on a GPU, else 1 2")
     result.add_argument("--seq-lens", type=positive, nargs="+", metavar="T", help="default: 1024 on a GPU, else 128")
+    result.add_argument("--capture", action="store_true", help="ours with loss and gradients as one CUDA graph")
     return result
 
 
@@ -99,6 +101,9 @@ def complete(args):
     if len(set(args.providers)) < len(args.providers):
         raise UsageError(f"--providers {' '.join(args.providers)}: one of them is named twice")
     refuse_lengths(args)
+    reason = cannot_capture(args.device) if args.capture else None
+    if reason is not None:
+        raise UsageError(f"--capture: {reason}")
 
 
 def main(argv=None):

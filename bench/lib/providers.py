@@ -16,6 +16,7 @@ from model.attention import get_attention
 from model.cache import KVCache
 from model.generation.settings import Settings
 from model.layers.onednn import using
+from model.training.captured import CapturedGradients
 from model.training.optimizer import adamw
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
@@ -62,19 +63,33 @@ class Provider:
 
         return step
 
-    def optimizer_step(self, B, T, autocast):
-        """A whole step of training in fp32 weights: loss, gradients, their norm clipped, AdamW. autocast: a dtype."""
+    def optimizer_step(self, B, T, autocast, capture=False):
+        """A whole step of training in fp32 weights: loss, gradients, their norm clipped, AdamW. autocast: a dtype.
+
+        capture: loss and gradients of ours as one CUDA graph.
+        """
         (model, _), ids = self.use(training=True), random_ids(self.ours, B, T)
         optimizer = adamw(model, lr=1e-4)
         options = {"return_logits": False} if model is self.ours else {}
 
-        def step():
+        def loss_of(ids):
             with torch.autocast(ids.device.type, autocast, enabled=autocast != torch.float32):
-                loss = model(ids, labels=ids, use_cache=False, **options).loss
-            loss.backward()
+                return model(ids, labels=ids, use_cache=False, **options).loss
+
+        model.zero_grad(set_to_none=True)
+        captured = CapturedGradients(loss_of, model.parameters(), ids) if capture and model is self.ours else None
+
+        def step():
+            if captured is None:
+                loss_of(ids).backward()
+            else:
+                captured(ids)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if captured is None:
+                optimizer.zero_grad(set_to_none=True)
+            else:
+                captured.zero()
 
         return step
 

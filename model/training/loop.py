@@ -31,6 +31,8 @@ from kernels.checks import check_flag, check_number
 from model.checkpoints.atomic import write_file
 from model.config import brief
 from model.gpt2 import GPT2
+from model.training.captured import CapturedGradients
+from model.training.captured import refusal as cannot_capture
 from model.training.data import Batches, Tokens
 from model.training.log import Log, bar
 from model.training.optimizer import adamw, flops_per_token, learning_rate, peak_flops
@@ -48,7 +50,8 @@ class Settings:
 
     dtype: of the products, by autocast; weights, gradients and AdamW's moments stay fp32. lr: the highest learning
     rate, reached after `warmup` steps; it ends at `least_lr`, by default a tenth. once: epochs of windows side by side
-    instead of windows that begin anywhere. clip: the largest norm of the gradient; 0 for no clipping.
+    instead of windows that begin anywhere. clip: the largest norm of the gradient; 0 for no clipping. capture: loss and
+    gradients of a micro-batch are one CUDA graph (model/training/captured.py).
     """
 
     batch: int = 8
@@ -69,6 +72,7 @@ class Settings:
     eval_every: int = 250
     eval_batches: int = 8
     compile: bool = False
+    capture: bool = False
 
     def __post_init__(self):
         for name, least in (
@@ -84,7 +88,7 @@ class Settings:
             words = "finite, and positive" if name == "lr" else "finite, and at least 0"
             low = 0.0 if name != "lr" else math.ulp(0.0)
             check_number("training", getattr(self, name), name, words, lambda x, low=low: low <= x < math.inf)
-        for name in ("once", "compile"):
+        for name in ("once", "compile", "capture"):
             check_flag("training", getattr(self, name), name)
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"training: dtype is {brief(self.dtype)}; it must be one of {', '.join(DTYPES)}")
@@ -108,6 +112,10 @@ class Training:
             raise ValueError(
                 f"training: seq_len is {settings.seq_len}; the model has n_positions {model.config.n_positions}"
             )
+        if settings.capture:
+            reason = cannot_capture(self.device, processes=self.processes.size, compiled=settings.compile)
+            if reason is not None:
+                raise ValueError(f"training: capture cannot be served: {reason}")
         self.model = model.to(self.device).train()
         self.tokens = Tokens(data, "train", settings.seq_len)
         self.batches = Batches(
@@ -125,6 +133,7 @@ class Training:
         self.step, self.best = 0, math.inf
         self._begin(resume)
         self.run = torch.compile(self.parallel) if settings.compile else self.parallel
+        self.captured = None  # CapturedGradients, made at the first step, when a batch is at hand
 
     def _validation(self, data):
         try:
@@ -256,9 +265,7 @@ class Training:
             is_last = i + 1 == len(numbers)
             ids = self.batches.batch(number, self._number(i + 1))
             with nullcontext() if is_last else processes.without_averaging(self.parallel):
-                loss = self._loss(ids) / settings.accumulate
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+                total += self._add_gradients(ids)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -272,7 +279,10 @@ class Training:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.captured.zero()
         self.step += 1
         seconds = time.perf_counter() - start
         tokens = settings.batch * settings.seq_len * settings.accumulate * processes.size
@@ -284,6 +294,21 @@ class Training:
             "step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.step * tokens,
             "tokens_per_s": tokens / seconds, "mfu": mfu,
         }  # fmt: skip
+
+    def _add_gradients(self, ids):
+        """Adds a micro-batch's share of the step's gradients; its share of the loss."""
+        share = self.settings.accumulate
+
+        def loss_of(ids):
+            return self._loss(ids) / share
+
+        if self.settings.capture:
+            if self.captured is None:
+                self.captured = CapturedGradients(loss_of, self.model.parameters(), ids, self.scaler.scale)
+            return self.captured(ids)
+        loss = loss_of(ids)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def _number(self, micro_batch):
         """The number of a micro-batch of this step, or of the next, among all that all processes ever read."""
