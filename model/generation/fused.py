@@ -2,6 +2,7 @@
 
 import torch
 
+from kernels.attention import MAX_HEAD_DIM
 from kernels.checks import FLOATS
 from kernels.decode import MAX_ROWS, DecodeBuffers, decode_step, pack_layer
 from model.attention import get_attention
@@ -9,8 +10,6 @@ from model.layers.linear import Head
 from model.layers.norm import LayerNorm
 from model.layers.observed import is_plain
 from model.layers.ops import TANH_GELU, use_triton
-
-MAX_HEAD_DIM = 256
 
 
 def refusal(model, B):

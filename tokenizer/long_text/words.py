@@ -67,7 +67,7 @@ class Words:
         """Token ids (list[int]) of UTF-8 (bytes) that starts with whitespace."""
         ids = []
         with self._lock:
-            for _, _, some in self._encoded(text):
+            for _, _, _, some in self._encoded(text):
                 ids += some.tolist()
         return ids
 
@@ -77,7 +77,7 @@ class Words:
         sizes = np.fromiter(map(len, texts), np.int64, len(texts))
         ends, ids, number, offset = np.cumsum(sizes), [], np.zeros(len(texts), np.int64), 0
         with self._lock:
-            for size, (starts, counts, some) in self._sized(b"".join(texts)):
+            for size, starts, counts, some in self._encoded(b"".join(texts)):
                 ids += some.tolist()
                 # A text begins where a word does: of the words that begin before its end, those not counted before.
                 owner = np.searchsorted(ends, starts + offset, side="right")
@@ -86,20 +86,15 @@ class Words:
         last = np.cumsum(number).tolist()
         return [ids[start:end] for start, end in zip([0, *last], last)]
 
-    def _sized(self, text):
-        """_encoded, with the size of each block in bytes."""
-        if text:
-            yield from zip(map(len, spans.blocks(text)), self._encoded(text))
-
     def _encoded(self, text):
-        """Of each block of text: where its words begin, how many ids each has, and all ids."""
-        for block in spans.blocks(text):
+        """Of each block of text: its bytes, where its words begin, how many ids each has, and all ids."""
+        for block in spans.blocks(text) if text else ():
             if not self._is_whole:
                 self._clear()
             self._is_whole = False  # a word may have its slot and not yet its ids, and an interrupt may come
             words, is_run = spans.words(block)
             first, count, lasting = self._look_up(words, is_run)
-            yield words.starts, count, self._ids[stretches(first, count)]
+            yield len(block), words.starts, count, self._ids[stretches(first, count)]
             self._kept = lasting
             self._is_whole = True
             if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
