@@ -37,7 +37,7 @@ MAX_ROWS = 4  # beyond, the matrix units of the ordinary step win
 BK = 256  # columns of a tile: 16 bytes a lane at two bytes an element
 WARPS = 4
 TILES = 12  # of weights, at most, that a program keeps: 48 registers a thread at two bytes an element
-SPLIT = 256  # keys of a program of attention
+SPLIT = 256  # keys of a program of attention, at most: fewer where a tile of them would not fit its registers
 AT_ONCE = 4  # splits whose results are asked for together
 DEPENDENT = False  # programmatic dependent launch, which Hopper and newer have
 
@@ -331,7 +331,8 @@ class DecodeBuffers:
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=device)
 
-        splits, BLOCK_D = triton.cdiv(capacity, SPLIT), triton.next_power_of_2(C // H)
+        D = C // H
+        splits, BLOCK_D = triton.cdiv(capacity, split_keys(D, dtype)), triton.next_power_of_2(D)
         h = empty(B, inner, dtype=dtype)
         return cls(empty(B, C), empty(B, C), h, empty(B, H, splits, BLOCK_D), empty(B, H, splits))
 
@@ -358,16 +359,24 @@ def _qkv_plan(B, C, H, capacity, eps, is_first):
     return _rows_plan(B, 3 * C, C, (H, capacity, eps), C=C, D=C // H, IS_FIRST=is_first)
 
 
-def _attention_plan(B, C, H, capacity, scale):
-    D, splits = C // H, triton.cdiv(capacity, SPLIT)
-    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), SPLIT=SPLIT)
+def split_keys(head_dim, dtype):
+    """Keys of a split: a tile of at most 32 KB, 32 registers a thread of 8 warps, for any head dim and dtype."""
+    return max(16, min(SPLIT, 2**15 // (triton.next_power_of_2(head_dim) * dtype.itemsize)))
+
+
+def _attention_plan(B, C, H, capacity, dtype, scale):
+    D = C // H
+    keys = split_keys(D, dtype)
+    splits = triton.cdiv(capacity, keys)
+    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), SPLIT=keys, num_warps=2 * WARPS)
     return (B * H * splits,), (B, H, capacity, splits, scale * LOG2E), options, {}
 
 
-def _out_plan(B, C, H, capacity):
+def _out_plan(B, C, H, capacity, dtype):
     D = C // H
-    shape = {"C": C, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLIT": SPLIT, "AT_ONCE": AT_ONCE}
-    return _rows_plan(B, C, C, (H, triton.cdiv(capacity, SPLIT)), **shape)
+    keys = split_keys(D, dtype)
+    shape = {"C": C, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLIT": keys, "AT_ONCE": AT_ONCE}
+    return _rows_plan(B, C, C, (H, triton.cdiv(capacity, keys)), **shape)
 
 
 def _proj_plan(B, C, inner):
@@ -397,8 +406,8 @@ def decode_step(ids, lengths, cache, layers, embeddings, final_norm, head, logit
     for i, (ln_1, qkv, out, ln_2, fc, proj) in enumerate(layers):
         tensors = (*embeddings, ids, lengths, *ln_1, *qkv, buffers.x, buffers.q, cache[i])
         _launch_qkv(tensors, *shape, eps, i == 0)
-        _launch_attention((buffers.q, cache[i], lengths, buffers.part, buffers.lse), *shape, scales[i])
-        _launch_out((buffers.part, buffers.lse, lengths, *out, buffers.x), *shape)
+        _launch_attention((buffers.q, cache[i], lengths, buffers.part, buffers.lse), *shape, cache.dtype, scales[i])
+        _launch_out((buffers.part, buffers.lse, lengths, *out, buffers.x), *shape, cache.dtype)
         _launch_fc((buffers.x, *ln_2, *fc, buffers.h), B, C, fc[0].shape[0], eps, True)
         _launch_proj((buffers.h, *proj, buffers.x), B, C, proj[0].shape[1])
     _launch_fc((buffers.x, *final_norm, head, None, logits), B, C, head.shape[0], eps, False)

@@ -7,6 +7,7 @@ import torch
 from lanes import across_lanes
 from numerics import assert_close
 
+from bench.lib.sass import inspect
 from kernels.decode import MAX_ROWS, DecodeBuffers
 from kernels.decode import step as step_module
 from kernels.decode.step import BK, SPLIT
@@ -137,6 +138,18 @@ def test_a_launch_ahead_of_the_end_of_the_one_before_changes_nothing(monkeypatch
             results.append(by_kernels(model, [1], held_cache(model, [7]), [7]))
     forget()
     assert torch.equal(*results)
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, F16), (64, F32), (128, F16), (256, F32)], ids=str)
+def test_a_tile_of_keys_fits_the_registers(head_dim, dtype):
+    """A split of 256 keys would spill beyond a head dim of 64 in two bytes."""
+    model = build(dtype, "cpu", n_layer=1, n_embd=head_dim, n_head=1)
+    with simulate("sm_90") as gpu:
+        by_kernels(model, [1], held_cache(model, [20]), [20])
+    (attention,) = (launch for launch in gpu.launches if launch.kernel == "_decode_attention_kernel")
+    assert inspect(attention.cubin, attention.kernel).spilled == 0
+    assert step_module.split_keys(64, F16) == SPLIT
 
 
 @pytest.mark.simulate
