@@ -12,11 +12,10 @@ as [out, in] (pack_layer), so that a warp reads whole rows of them; biases, norm
 Each sum has one order, which depends on the widths alone: a row's bits depend neither on the other rows nor on how much
 memory its cache has.
 
-Tried on an H100 (GPT-2 124M, fp16, one row, 511 keys; the forward pass's own kernels take 570 us): splits of 64, 128
-and 256 keys, merged one after the other, 308, 251 and 229 us; one program for all keys of a head 387 us, and the same
-without dependent launch 338 us. So a kernel is not launched ahead of the end of the one before it (DEPENDENT below);
-all are written for it: they ask for their weights, which nobody writes, and only then wait (_wait) for what the kernel
-before has written.
+A kernel is launched ahead of the end of the one before it, where the chip can (DEPENDENT): it asks for its weights,
+which nobody writes, and only then waits (_wait) for what the kernel before has written. On an H100 (GPT-2 124M, fp16,
+one row, 511 keys) 246 us a step with it and 330 without; the forward pass's own kernels take 510 to 580. One program
+for all keys of a head took 387: bench/results has every trial.
 
 Bytes, least: every weight once, the keys and values held once. FLOPs: 2 B a weight; memory and latency decide.
 """
@@ -39,7 +38,7 @@ WARPS = 4
 TILES = 12  # of weights, at most, that a program keeps: 48 registers a thread at two bytes an element
 SPLIT = 256  # keys of a program of attention, at most: fewer where a tile of them would not fit its registers
 AT_ONCE = 4  # splits whose results are asked for together
-DEPENDENT = False  # programmatic dependent launch, which Hopper and newer have
+DEPENDENT = True  # programmatic dependent launch, which Hopper and newer have
 
 
 @triton.jit
@@ -170,38 +169,49 @@ def _merged(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BK: tl.constexpr,
-    R: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """A row's attention output [C] as _activations gives a row: its `filled` splits' outputs, weighted by their sums.
+    """A row's attention output [C] as ceil(C / BK) tiles [1, BK]: its `filled` splits' outputs, weighted by their sums.
+
+    The warps share the work, and exchange what they have before the product.
 
     The first split holds a key, so that the maximum is finite from it on, and a split that is not there weighs 0.
     """
-    x = ()
-    for c in tl.static_range((C + BK - 1) // BK):
-        n = c * BK + tl.arange(0, BK)[None, :]
-        inside = (tl.arange(0, R)[:, None] >= 0) & (n < C)
-        first = (head + n // D) * num_splits + tl.arange(0, R)[:, None] * 0
-        m = tl.full([R, BK], float("-inf"), tl.float32)
-        l = tl.zeros([R, BK], tl.float32)
-        acc = tl.zeros([R, BK], tl.float32)
-        for start in tl.range(0, filled, AT_ONCE):
-            lse = ()
-            o = ()
+    CHUNKS: tl.constexpr = (C + BK - 1) // BK
+    state = ()  # of each chunk: the maximum, the sum and the weighted output so far
+    for _ in tl.static_range(CHUNKS):
+        state += (tl.full([BK], float("-inf"), tl.float32), tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32))
+    for start in tl.range(0, filled, AT_ONCE):
+        lse = ()
+        o = ()
+        for c in tl.static_range(CHUNKS):  # all are asked for before the first is used
+            n = c * BK + tl.arange(0, BK)
+            first = (head + n // D) * num_splits
             for i in tl.static_range(AT_ONCE):
-                there = inside & (start + i < filled)
+                there = (n < C) & (start + i < filled)
                 place = first + start + i
                 lse += (tl.load(lse_ptr + place, mask=there, other=float("-inf")),)
                 o += (tl.load(part_ptr + place * BLOCK_D + n % D, mask=there, other=0.0),)
+        after = ()
+        for c in tl.static_range(CHUNKS):
+            inside = c * BK + tl.arange(0, BK) < C
+            m = state[3 * c]
+            l = state[3 * c + 1]
+            acc = state[3 * c + 2]
             for i in tl.static_range(AT_ONCE):
-                top = tl.maximum(m, lse[i])
+                top = tl.maximum(m, lse[c * AT_ONCE + i])
                 shift = tl.where(inside, top, 0.0)  # beyond C nothing is finite
                 alpha = tl.exp2(m - shift)
-                weight = tl.exp2(lse[i] - shift)
+                weight = tl.exp2(lse[c * AT_ONCE + i] - shift)
                 l = l * alpha + weight
-                acc = acc * alpha + weight * o[i]
+                acc = acc * alpha + weight * o[c * AT_ONCE + i]
                 m = top
-        x += (tl.where(inside, acc / l, 0.0),)
+            after += (m, l, acc)
+        state = after
+    x = ()
+    for c in tl.static_range(CHUNKS):
+        inside = c * BK + tl.arange(0, BK) < C
+        x += (tl.where(inside, state[3 * c + 2] / state[3 * c + 1], 0.0)[None, :],)
     return x
 
 
@@ -232,7 +242,7 @@ def _decode_out_kernel(
     b = tl.program_id(1)
     filled = tl.load(lengths_ptr + b) // SPLIT + 1
     _wait(PDL)
-    o = _merged(part_ptr, lse_ptr, b * H, filled, num_splits, C, D, BLOCK_D, BK, R, AT_ONCE)
+    o = _merged(part_ptr, lse_ptr, b * H, filled, num_splits, C, D, BLOCK_D, BK, AT_ONCE)
     _add_product(w, o, bias, x_ptr + b * C, first, C, (C + BK - 1) // BK, R, GROUPS)
 
 

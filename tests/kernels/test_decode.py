@@ -129,7 +129,6 @@ def test_no_order_of_warps_changes_a_bit(seed):
 
 @pytest.mark.simulate
 def test_a_launch_ahead_of_the_end_of_the_one_before_changes_nothing(monkeypatch):
-    """Off, for an H100 was slower with it; the kernels are written for it."""
     model, results = build(F16, "cpu", n_layer=1), []
     for dependent in (False, True):
         monkeypatch.setattr(step_module, "DEPENDENT", dependent)
