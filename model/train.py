@@ -7,6 +7,14 @@ torchrun --nproc-per-node 8 -m model.train --data data --size gpt2 --out out/gpt
 
 --out holds the newest weights (GPT2.from_pretrained), the tokenizer, log.jsonl with a loss for each step, loss.png, the
 best weights by validation loss in best/, and in training/ what --resume needs.
+
+--dtype        weights, their gradients, AdamW's moments    matrix products     residual stream
+float32        fp32                                         fp32                fp32
+bfloat16       fp32                                         bf16 (autocast)     fp32
+float16        fp32, the loss scaled                        fp16 (autocast)     fp32
+pure-bfloat16  fp32 (master weights)                        bf16                bf16
+pure-bfloat16 computes with a bf16 copy of the weights, made at each micro-batch; each bf16 gradient is added to the
+fp32 one. All checkpoints hold fp32. Sums within a kernel are fp32 always.
 """
 
 import argparse

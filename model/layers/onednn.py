@@ -55,12 +55,13 @@ class PackedWeight:
 
 
 def serves(x, weight):
-    """Whether the product of x with weight is one for oneDNN: fp32 on a CPU, outside autograd and torch.compile."""
+    """Whether the product of x with weight is one for oneDNN: fp32 on a CPU, without autograd, autocast, a compiler."""
     return (
         not torch.compiler.is_compiling()
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")  # which multiplies in 16 bits
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
     )

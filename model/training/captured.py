@@ -6,6 +6,7 @@ its clipping and AdamW stay outside: a few launches over all parameters.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -31,7 +32,8 @@ class CapturedGradients:
     call overwrites.
 
     loss_of: ids [B, T] int64 to a loss [], and nothing that waits for the device. ids: such as all that will come, of
-    one shape. scale: what makes of a loss that whose gradient is taken, such as a GradScaler's.
+    one shape. scale: what makes of a loss that whose gradient is taken, such as a GradScaler's. around: makes a context
+    in which loss and gradients are taken, such as precision.Rounded.
 
     Making it leaves weights and random state as they are, and gradients of zero. Raises what a call or its capture
     raises.
@@ -43,6 +45,7 @@ class CapturedGradients:
         parameters: Iterable[torch.nn.Parameter],
         ids: torch.Tensor,
         scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+        around: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         check_tensor("CapturedGradients", ids, "ids", "BT")
         self.ids = ids.clone()
@@ -53,8 +56,9 @@ class CapturedGradients:
             parameter.grad = gradient
 
         def step():
-            loss = loss_of(self.ids)
-            scale(loss).backward()
+            with around():
+                loss = loss_of(self.ids)
+                scale(loss).backward()
             self.loss.copy_(loss.detach())
 
         with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):  # warm-ups draw, too

@@ -36,10 +36,12 @@ from model.training.captured import refusal as cannot_capture
 from model.training.data import Batches, Tokens
 from model.training.log import Log, bar
 from model.training.optimizer import adamw, flops_per_token, learning_rate, peak_flops
+from model.training.precision import Rounded
 from model.training.processes import Processes
 from model.training.state import load_state, random_state, save_state, saved_steps, set_random_state
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "pure-bfloat16": torch.bfloat16}
+PURE = "pure-bfloat16"
 SETTINGS = "training.json"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes, for the first
 
@@ -48,10 +50,12 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered fro
 class Settings:
     """How to train. What a run may change when it is resumed is below the line; the rest it must keep.
 
-    dtype: of the products, by autocast; weights, gradients and AdamW's moments stay fp32. lr: the highest learning
-    rate, reached after `warmup` steps; it ends at `least_lr`, by default a tenth. once: epochs of windows side by side
-    instead of windows that begin anywhere. clip: the largest norm of the gradient; 0 for no clipping. capture: loss and
-    gradients of a micro-batch are one CUDA graph (model/training/captured.py).
+    dtype: "bfloat16" and "float16" multiply in 16 bits, by autocast; the residual stream stays fp32. "pure-bfloat16" has
+    that in bf16, too: the model is one of bf16 weights, rounded from fp32 ones at each micro-batch (precision.py).
+    Weights, summed gradients and AdamW's moments are fp32 with all. lr: the highest learning rate, reached after
+    `warmup` steps; it ends at `least_lr`, by default a tenth. once: epochs of windows side by side instead of windows
+    that begin anywhere. clip: the largest norm of the gradient; 0 for no clipping. capture: loss and gradients of a
+    micro-batch are one CUDA graph (model/training/captured.py).
     """
 
     batch: int = 8
@@ -127,7 +131,11 @@ class Training:
             device=self.device,
         )
         self.validation = self._validation(data)
-        self.parallel = self.processes.parallel(self.model)
+        is_pure = settings.dtype == PURE
+        self.parallel = self.processes.parallel(self.model, DTYPES[PURE] if is_pure else None)
+        self.precision = nullcontext  # around a loss and its gradients
+        if is_pure and not self.processes.shard:
+            self.precision = Rounded(self.model, DTYPES[PURE])
         self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == "float16")
         self.step, self.best = 0, math.inf
@@ -304,10 +312,13 @@ class Training:
 
         if self.settings.capture:
             if self.captured is None:
-                self.captured = CapturedGradients(loss_of, self.model.parameters(), ids, self.scaler.scale)
+                self.captured = CapturedGradients(
+                    loss_of, self.model.parameters(), ids, self.scaler.scale, self.precision
+                )
             return self.captured(ids)
-        loss = loss_of(ids)
-        self.scaler.scale(loss).backward()
+        with self.precision():
+            loss = loss_of(ids)
+            self.scaler.scale(loss).backward()
         return loss.detach()
 
     def _number(self, micro_batch):
@@ -315,9 +326,9 @@ class Training:
         return (self.step * self.settings.accumulate + micro_batch) * self.processes.size + self.processes.rank
 
     def _loss(self, ids):
-        dtype = DTYPES[self.settings.dtype]
+        dtype = None if self.settings.dtype == PURE else DTYPES[self.settings.dtype]
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-            return self.run(ids, labels=ids, return_logits=False).loss
+            return self.run(ids, labels=ids, return_logits=False, use_cache=False).loss
 
     @torch.no_grad()
     def evaluate(self):
@@ -326,7 +337,8 @@ class Training:
             return None
         self.model.eval()
         number = min(self.settings.eval_batches, self.validation.tokens.cells // self.validation.B)
-        losses = [self._loss(self.validation.batch(i)) for i in range(number)]
+        with self.precision():
+            losses = [self._loss(self.validation.batch(i)) for i in range(number)]
         self.model.train()
         return float(self.processes.mean(torch.stack(losses).double().mean()))
 

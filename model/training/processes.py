@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -32,14 +32,18 @@ class Processes:
     def is_first(self):
         return self.rank == 0
 
-    def parallel(self, model):
-        """The model, with its gradients averaged over all processes."""
+    def parallel(self, model, dtype=None):
+        """The model, with its gradients averaged over all processes, in fp32.
+
+        dtype: what a model that is split rounds its weights to where it gathers them.
+        """
         if self.size == 1:
             return model
         if self.shard:
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             for block in model.transformer.h:
-                fully_shard(block)
-            return fully_shard(model)
+                fully_shard(block, mp_policy=policy)
+            return fully_shard(model, mp_policy=policy)
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def without_averaging(self, model):

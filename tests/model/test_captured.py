@@ -35,7 +35,9 @@ def losses(out):
 
 
 @pytest.mark.usefixtures("on_a_cpu")
-@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"dtype": "bfloat16"}, {"clip": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 3}, {"dtype": "bfloat16"}, {"dtype": "pure-bfloat16"}, {"clip": 0.0}], ids=str
+)
 def test_the_steps_are_those_of_ordinary_training(data, tmp_path, options):
     runs = []
     for capture in (False, True):
@@ -128,7 +130,7 @@ def test_a_run_that_cannot_is_refused_before_any_work(data, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "pure-bfloat16"])
 def test_on_a_gpu_the_losses_are_those_of_ordinary_steps(data, tmp_path, dtype):
     found = []
     for capture in (False, True):
