@@ -50,7 +50,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered fro
 class Settings:
     """How to train. What a run may change when it is resumed is below the line; the rest it must keep.
 
-    dtype: "bfloat16" and "float16" multiply in 16 bits, by autocast; the residual stream stays fp32. "pure-bfloat16" has
+    dtype: "bfloat16" and "float16" multiply in 16 bits, by autocast; the residual stream is fp32. "pure-bfloat16" has
     that in bf16, too: the model is one of bf16 weights, rounded from fp32 ones at each micro-batch (precision.py).
     Weights, summed gradients and AdamW's moments are fp32 with all. lr: the highest learning rate, reached after
     `warmup` steps; it ends at `least_lr`, by default a tenth. once: epochs of windows side by side instead of windows
