@@ -15,6 +15,10 @@ float16        fp32, the loss scaled                        fp16 (autocast)     
 pure-bfloat16  fp32 (master weights)                        bf16                bf16
 pure-bfloat16 computes with a bf16 copy of the weights, made at each micro-batch; each bf16 gradient is added to the
 fp32 one. All checkpoints hold fp32. Sums within a kernel are fp32 always.
+
+With --shard each process saves what it holds (torch.distributed.checkpoint, as safetensors), and the first one the whole
+weights for from_pretrained. --resume takes any number of processes, with or without --shard, if --accumulate times
+their number stays.
 """
 
 import argparse
@@ -30,14 +34,14 @@ from model.attention.outside import add_import_option
 from model.config import PRESETS
 from model.terminal import one_line, shown, write_anything
 from model.training.loop import DTYPES, Settings, Training
-from model.training.processes import Processes
+from model.training.processes import Processes, lost
 from tokenizer import GPT2Tokenizer
 from tokenizer.prepare import documents, find, prepare, vocabulary_hash
 
 TINY = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 256}  # and a vocabulary of its own
 TINY_VOCABULARY = 2048
 LEARNED_FROM = 2_000_000  # characters of the text, at its start, that a vocabulary is learned from
-INTERRUPTED = 130
+INTERRUPTED, LOST = 130, 3
 
 
 def parse(arguments):
@@ -95,6 +99,17 @@ def main(arguments=None):
     except (OSError, ValueError, TypeError) as error:
         print(one_line("model.train", error), file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if processes is None or processes.size == 1 or not lost(error):
+            raise
+        words = str(error).partition("\n")[0]
+        print(
+            f"model.train: process {processes.rank} has lost another one ({words}); "
+            f"--resume goes on from {options.out}",
+            file=sys.stderr,
+        )
+        processes = None  # a farewell to those who are gone may not end
+        return LOST
     finally:
         if processes is not None:
             processes.close()

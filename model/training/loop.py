@@ -38,11 +38,20 @@ from model.training.log import Log, bar
 from model.training.optimizer import adamw, flops_per_token, learning_rate, peak_flops
 from model.training.precision import Rounded
 from model.training.processes import Processes
-from model.training.state import load_state, random_state, save_state, saved_steps, set_random_state
+from model.training.state import (
+    load_split,
+    load_state,
+    random_state,
+    save_split,
+    save_state,
+    saved_steps,
+    set_random_state,
+)
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "pure-bfloat16": torch.bfloat16}
 PURE = "pure-bfloat16"
 SETTINGS = "training.json"
+MICRO_BATCHES = "accumulate times the number of processes"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes, for the first
 
 
@@ -167,7 +176,7 @@ class Training:
                 if (was := before.get(name)) != now:
                     raise ValueError(f"training: {name} was {was} and is {now} now; a resumed run keeps it")
             if saved:
-                self._restore(load_state(saved[-1][1]))
+                self._restore(saved[-1][1])
             if settings.steps < self.step:
                 raise ValueError(f"training: {self.step} steps are done; steps is {settings.steps}")
         else:
@@ -181,18 +190,24 @@ class Training:
     def _kept(self):
         """What a run keeps when it is resumed, by name, as JSON has it."""
         settings = {name: getattr(self.settings, name) for name in Settings.fixed()}
+        settings[MICRO_BATCHES] = settings.pop("accumulate") * self.processes.size
         model = {f"the model's {name}": value for name, value in self.model.config.to_dict().items()}
         kept = {**settings, **model, "the number of training tokens": self.tokens.number}
         return json.loads(json.dumps(kept))
 
-    def _restore(self, state):
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(full_state_dict=True),
-        )
+    def _restore(self, path):
+        """From what any number of processes has saved, split or not."""
+        if path.is_dir():
+            state = load_split(path, self.model, self.optimizer, self.processes)
+        else:
+            state = load_state(path)
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=StateDictOptions(full_state_dict=True),
+            )
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
         if len(state["random"]) != self.processes.size:
@@ -202,18 +217,21 @@ class Training:
 
     def save(self):
         """Saves the state, then the weights where GPT2.from_pretrained(directory) finds them."""
-        random = self.processes.gather(random_state(self.device))
-        weights, moments = get_state_dict(self.model, self.optimizer, options=WHOLE)  # by name: for any number of ranks
-        if self.processes.is_first:
-            state = {
-                "step": self.step,
-                "best": self.best,
-                "model": weights,
-                "optimizer": moments,
-                "scaler": self.scaler.state_dict(),
-                "random": random,
-            }
-            save_state(self.directory, self.step, state, self.settings.keep)
+        processes, place = self.processes, (self.directory, self.step)
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "scaler": self.scaler.state_dict(),
+            "random": processes.gather(random_state(self.device)),
+        }
+        weights = None
+        if processes.shard:
+            save_split(*place, self.model, self.optimizer, state, self.settings.keep, processes)
+            weights = get_model_state_dict(self.model, options=WHOLE)
+        elif processes.is_first:
+            named = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer, options=WHOLE)))
+            save_state(*place, state | named, self.settings.keep)
+        if processes.is_first:
             self._plain(weights).save_pretrained(self.directory)
         self.processes.wait()
 

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ class Processes:
         ValueError where there is nobody to share with.
         """
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.device, self.shard = device, shard
+        self.device, self.shard, self.hosts = device, shard, None
         if shard and self.size == 1:
             raise ValueError("training: shard splits a model among processes; torchrun starts them, and there is one")
         if self.size > 1:
@@ -27,6 +28,8 @@ class Processes:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # What is no work of the device's: it may wait while the first process prepares a text or saves.
+            self.hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     @property
     def is_first(self):
@@ -70,17 +73,23 @@ class Processes:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.hosts)
         return values
 
     def wait(self):
         """Returns once all processes have called it."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.hosts)
 
     def close(self):
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def lost(error):
+    """Whether a RuntimeError says that another process is gone."""
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words or "connection closed" in words
 
 
 @contextmanager

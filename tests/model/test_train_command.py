@@ -1,6 +1,12 @@
 """python -m model.train: from text to a directory that loads, samples and goes on."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +17,7 @@ from model.training.log import read_log
 from tokenizer import GPT2Tokenizer
 from tokenizer.prepare import prepare
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "3", "--batch", "2", "--seq-len", "16", "--eval-every", "2", "--eval-batches", "1"]
 
 
@@ -100,3 +107,33 @@ def test_ctrl_c_says_how_to_go_on(book, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("model.train.Training.train", interrupted)
     train("--text", book, "--out", tmp_path, *QUICK, status=INTERRUPTED)
     assert f"stopped; --resume goes on from {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="who is who is read from Linux's /proc")
+def test_a_process_that_dies_ends_the_others_with_a_message(book, tmp_path):
+    """kill -9 of one of torchrun's two."""
+    prepare([book], tmp_path / "data", GPT2Tokenizer.from_pretrained("gpt2"), progress=False)
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "model.train", "--data", tmp_path / "data", "--out", out, *QUICK, "--steps", "100000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*map(str, launcher + command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as started:
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+        try:
+            while not (out / "log.jsonl").is_file() or not (out / "log.jsonl").stat().st_size:
+                assert started.poll() is None
+                time.sleep(0.1)
+            (second,) = [pid for pid in children.read_text().split() if b"\0RANK=1\0" in surroundings(pid)]
+            os.kill(int(second), signal.SIGKILL)
+            _, err = started.communicate(timeout=90)
+        finally:
+            started.kill()
+    assert started.returncode != 0
+    assert "model.train: process 0 has lost another one (" in err
+    assert f"--resume goes on from {out}" in err
+
+
+def surroundings(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes()

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -179,25 +181,109 @@ def test_a_killed_run_goes_on_with_the_same_bits(options, data, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+TWO = {"steps": 6, "warmup": 0, "accumulate": 2, "eval_every": 3, "keep": 9}
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """A run of one process that takes the micro-batches of two."""
+    run = start(data, tmp_path_factory.mktemp("alone"), **{**TWO, "accumulate": 4})
+    run.train()
+    return run
+
+
+def until_step_3(directory, copy):
+    """A copy of a run as it was after step 3."""
+    shutil.copytree(directory, copy)
+    for path in (copy / "training").glob("step-00000006*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return copy
+
+
+def same_losses(one, other, abs=2e-5):
+    for name in ("loss", "val_loss"):
+        assert rows(one, name) == pytest.approx(rows(other, name), abs=abs)
+    assert rows(one, "grad_norm") == pytest.approx(rows(other, "grad_norm"), rel=1e-3)
+
+
 @pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_are_one_that_accumulates(shard, data, tmp_path):
-    """torchrun with gloo: the losses of one process that takes both micro-batches; which goes on from their state."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    options = {"steps": 4, "warmup": 0, "accumulate": 2}
-    two = program(data, tmp_path / "two", launcher=launcher, shard=shard, **options)
+def test_two_processes_are_one_that_accumulates(shard, data, alone, tmp_path):
+    """torchrun with gloo: the losses of one process that takes all micro-batches; it goes on from their state as they
+    did themselves."""
+    two = program(data, tmp_path / "two", launcher=TORCHRUN, shard=shard, **TWO)
     assert two.returncode == 0, two.stderr
-    alone = start(data, tmp_path / "one", **{**options, "accumulate": 4})
-    alone.train()
-    assert rows(tmp_path / "two") == pytest.approx(rows(tmp_path / "one"), abs=2e-5)
-    assert rows(tmp_path / "two", "grad_norm") == pytest.approx(rows(tmp_path / "one", "grad_norm"), rel=1e-3)
-    assert rows(tmp_path / "two", "val_loss") == pytest.approx(rows(tmp_path / "one", "val_loss"), abs=2e-5)
-    again = start(data, tmp_path / "two", **{**options, "steps": 6}, resume=True)
-    assert again.step == 4
+    same_losses(tmp_path / "two", alone.directory)
     for name, tensor in GPT2.from_pretrained(tmp_path / "two").state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name])
         assert torch.allclose(tensor, alone.model.state_dict()[name], atol=2e-4)
+    states = sorted(path.name for path in (tmp_path / "two" / "training").iterdir())
+    assert states == [f"step-0000000{step}{'' if shard else '.pt'}" for step in (3, 6)]
+
+    out = until_step_3(tmp_path / "two", tmp_path / "again")
+    with pytest.raises(ValueError, match="accumulate times the number of processes was 4 and is 2 now"):
+        start(data, out, **TWO, resume=True)
+    again = start(data, out, **{**TWO, "accumulate": 4}, resume=True)
+    assert again.step == 3
     again.train()
-    assert len(rows(tmp_path / "two")) == 6
+    same_losses(out, tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def split(data, tmp_path_factory):
+    """A run of which one process was killed after step 5."""
+    out = tmp_path_factory.mktemp("split") / "run"
+    began = time.monotonic()
+    dead = program(data, out, launcher=TORCHRUN, shard=True, die_at=5, dtype="pure-bfloat16", **TWO)
+    assert dead.returncode != 0
+    assert "Signal 9 (SIGKILL)" in dead.stderr
+    assert time.monotonic() - began < 120
+    return out
+
+
+class TestAStateThatIsSplit:
+    """What two processes, among which the model is split, write and read."""
+
+    @pytest.fixture
+    def options(self):
+        return {**TWO, "accumulate": 4, "dtype": "pure-bfloat16", "resume": True}
+
+    def test_two_go_on_with_the_same_bits(self, split, data, tmp_path):
+        before = rows(split)
+        assert len(before) in (4, 5)
+        out = until_step_3(split, tmp_path / "out")
+        again = program(data, out, launcher=TORCHRUN, shard=True, resume=True, dtype="pure-bfloat16", **TWO)
+        assert again.returncode == 0, again.stderr
+        assert rows(out)[: len(before)] == before
+
+    def test_one_goes_on(self, split, options, data, tmp_path):
+        out = until_step_3(split, tmp_path / "out")
+        start(data, out, **options).train()
+        assert rows(out)[: len(rows(split))] == pytest.approx(rows(split), abs=2e-3)
+        assert all(tensor.dtype is torch.float32 for tensor in GPT2.from_pretrained(out).state_dict().values())
+
+    def test_what_is_damaged_is_named(self, split, options, data, tmp_path):
+        out = until_step_3(split, tmp_path / "out")
+        state = out / "training" / "step-00000003"
+        first = min(state.glob("*.safetensors"))
+        content = first.read_bytes()
+        for damage in (None, content[:-8], content + b" "):
+            first.unlink() if damage is None else first.write_bytes(damage)
+            with pytest.raises(ValueError, match=rf"{first.name} has \d+ bytes of {len(content)}: the state of step 3"):
+                start(data, out, **options)
+        first.write_bytes(b"\xff" * len(content))
+        with pytest.raises(ValueError, match="step-00000003 cannot be read"):
+            start(data, out, **options)
+        first.write_bytes(content)
+        (state / "rest.pt").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"rest\.pt cannot be read"):
+            start(data, out, **options)
+
+    def test_two_go_on_from_what_one_wrote(self, alone, data, tmp_path):
+        out = until_step_3(alone.directory, tmp_path / "out")
+        assert program(data, out, launcher=TORCHRUN, shard=True, resume=True, **TWO).returncode == 0
+        same_losses(out, alone.directory)
+        names = sorted(path.name for path in (out / "training").iterdir())
+        assert names == ["step-00000003.pt", "step-00000006"]
 
 
 def test_nothing_is_split_among_one(data, tmp_path):

@@ -1,6 +1,7 @@
 """A tiny training run as a program, for tests that kill it or start several: python training_run.py DATA OUT [options].
 
-A JSON object of Settings, and of `dropout`, `resume` and `die_at`, the step after which the process is killed.
+A JSON object of Settings, and of `dropout`, `shard`, `resume` and `die_at`, the step after which the last of the
+processes is killed.
 """
 
 import json
@@ -40,7 +41,7 @@ if __name__ == "__main__":
 
     def take_step():
         row = step()
-        if run.step == die_at:
+        if run.step == die_at and run.processes.rank == run.processes.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return row
 
