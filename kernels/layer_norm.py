@@ -8,6 +8,10 @@ and with  x_hat = (total - mean) rstd,  g = weight dy,  both [N]:
     dtotal    = rstd (g - mean(g) - x_hat mean(g x_hat)) + what flows into total from elsewhere
     dweight = sum over rows of dy x_hat,  dbias = sum over rows of dy
 
+and, where x is a projection's result and its bias wants a gradient, the sum over rows of dx, too: the kernel has just
+computed dx. It is summed in fp32 as it is stored, rounded, so that it is what a pass over dx would find, with one
+rounding in place of a whole sum's.
+
 (Ba, Kiros and Hinton, 2016.) Rows stay in registers between their statistics and their use, so each tensor crosses
 memory once. Statistics are fp32 and the variance is a second pass over centred values. The mean of the centred values,
 zero but for rounding, is subtracted and stored as well (mean is a pair: [2, M]), so that a row of mean 1e4 and spread
@@ -145,7 +149,7 @@ def _layer_norm_backward_kernel(
     seed_ptr,  # [1] int64 or None
     dresidual_ptr,  # [M, N]
     dx_ptr,  # [M, N] or None
-    partial_ptr,  # [2, programs, N] fp32: dweight, dbias
+    partial_ptr,  # [2, programs, N] fp32: dweight, dbias; with SUM_D [3, programs, N], the sums of dx behind them
     stride_dy,
     stride_dtotal,
     stride_x,
@@ -157,17 +161,21 @@ def _layer_norm_backward_kernel(
     BLOCK_N: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     SUMS: tl.constexpr,
+    SUM_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     weight = ()
     dweight = ()
     dbias = ()
+    sum_d = ()
     for i in tl.static_range(COLUMN_TILES):
         weight += (_load_vector_tile(weight_ptr, i, N, BLOCK_N),)  # [1, BLOCK_N]
         if SUMS:
             dweight += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
             dbias += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+            if SUM_D:
+                sum_d += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
 
     for m in tl.range(pid * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -179,8 +187,10 @@ def _layer_norm_backward_kernel(
         g = ()
         dweight_before = dweight
         dbias_before = dbias
+        sum_d_before = sum_d
         dweight = ()
         dbias = ()
+        sum_d = ()
         total_g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total_gx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in tl.static_range(COLUMN_TILES):
@@ -207,12 +217,17 @@ def _layer_norm_backward_kernel(
                 if seed_ptr is not None:
                     d = _dropout(d, seed_ptr, offs_m, keep_scale, drop_below, i, BLOCK_M, BLOCK_N)
                 _store_tile(dx_ptr, d, offs_m, N, M, i, N, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            if SUMS and SUM_D:  # what is summed is what is stored
+                stored = dresidual_ptr.dtype.element_ty if dx_ptr is None else dx_ptr.dtype.element_ty
+                sum_d += (sum_d_before[i] + d.to(stored).to(tl.float32),)
 
     if SUMS:
         for i in tl.static_range(COLUMN_TILES):
             offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             _store_partial(partial_ptr, tl.sum(dweight[i], 0), 0, pid, tl.num_programs(0), offs_n, N)
             _store_partial(partial_ptr, tl.sum(dbias[i], 0), 1, pid, tl.num_programs(0), offs_n, N)
+            if SUM_D:
+                _store_partial(partial_ptr, tl.sum(sum_d[i], 0), 2, pid, tl.num_programs(0), offs_n, N)
 
 
 @triton.jit
@@ -221,7 +236,8 @@ def _weight_gradients_kernel(
     x_ptr,  # [M, N]
     mean_ptr,  # [2, M] fp32
     rstd_ptr,  # [M] fp32
-    partial_ptr,  # [2, programs, N] fp32: dweight, dbias
+    d_ptr,  # [M, N], dense, or None
+    partial_ptr,  # [2, programs, N] fp32: dweight, dbias; or [3, programs, N], the sums of d behind them
     stride_dy,
     stride_x,
     M,
@@ -229,11 +245,12 @@ def _weight_gradients_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight and dbias of BLOCK_N columns alone, where rows are too wide to be kept beside them."""
+    """The sums over rows of BLOCK_N columns alone, where rows are too wide to be kept beside them."""
     p = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sum_d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for m in tl.range(p * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
@@ -249,8 +266,13 @@ def _weight_gradients_kernel(
         rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]  # [BLOCK_M, 1]
         dweight += dy * (x - mean - rest) * rstd
         dbias += dy
+        if d_ptr is not None:
+            d = tl.load(d_ptr + rows * N + offs_n[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+            sum_d += d.to(tl.float32)
     _store_partial(partial_ptr, tl.sum(dweight, 0), 0, p, tl.num_programs(1), offs_n, N)
     _store_partial(partial_ptr, tl.sum(dbias, 0), 1, p, tl.num_programs(1), offs_n, N)
+    if d_ptr is not None:
+        _store_partial(partial_ptr, tl.sum(sum_d, 0), 2, p, tl.num_programs(1), offs_n, N)
 
 
 def _constants(config, N):
@@ -270,14 +292,15 @@ def _forward_plan(M, N, stride_x, stride_residual, eps, dropout_p):
     return (triton.cdiv(M, config.BLOCK_M),), numbers, _constants(config, N), {}
 
 
-def _backward_plan(M, N, stride_dy, stride_dtotal, stride_x, dropout_p):
+def _backward_plan(M, N, stride_dy, stride_dtotal, stride_x, dropout_p, sum_d):
     config = row_config("backward", N)
     numbers = (stride_dy, stride_dtotal, stride_x, M, *dropout_numbers(dropout_p))
-    return (_programs(M, N),), numbers, {**_constants(config, N), "SUMS": config.SUMS, "STAGES": config.STAGES}, {}
+    options = {**_constants(config, N), "SUMS": config.SUMS, "SUM_D": sum_d, "STAGES": config.STAGES}
+    return (_programs(M, N),), numbers, options, {}
 
 
 def _weight_gradients_plan(M, N, stride_dy, stride_x):
-    options = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4, "enable_fp_fusion": True}
+    options = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 8, "enable_fp_fusion": True}
     return (triton.cdiv(N, 256), _programs(M, N)), (stride_dy, stride_x, M, N), options, {}
 
 
@@ -318,8 +341,9 @@ def _launch_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p, 
     return y, total, mean, rstd
 
 
-def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout_p, dx_dtype=None):
-    """dresidual [..., N], dx [..., N], and dweight and dbias as one [2, N].
+def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout_p, dx_dtype=None, sum_d=False):
+    """dresidual [..., N], dx [..., N], and dweight and dbias as one [2, N]; with sum_d [3, N], behind them the sums of
+    dx, as it is stored, over its rows.
 
     dx, of dx_dtype, is None where it would be dresidual: without a seed, and where dx_dtype is x's or None.
     """
@@ -327,14 +351,15 @@ def _launch_layer_norm_backward(dy, dtotal, x, weight, mean, rstd, seed, dropout
     M = x.numel() // N
     dresidual = empty_rows(x)
     dx = None if seed is None and dx_dtype in (None, x.dtype) else empty_rows(x, dx_dtype)
-    partial = x.new_empty((2, _programs(M, N), N), dtype=torch.float32)
+    partial = x.new_empty((2 + sum_d, _programs(M, N), N), dtype=torch.float32)
     if M:
         stride_dy, stride_x = row_stride(dy), row_stride(x)
         stride_dtotal = 0 if dtotal is None else row_stride(dtotal)
         tensors = (dy, dtotal, x, weight, mean, rstd, seed, dresidual, dx, partial)
-        _launch_backward(tensors, M, N, stride_dy, stride_dtotal, stride_x, dropout_p)
+        _launch_backward(tensors, M, N, stride_dy, stride_dtotal, stride_x, dropout_p, sum_d)
         if not _backward_config(N).SUMS:
-            _launch_weight_gradients((dy, x, mean, rstd, partial), M, N, stride_dy, stride_x)
+            d = None if not sum_d else dresidual if dx is None else dx
+            _launch_weight_gradients((dy, x, mean, rstd, d, partial), M, N, stride_dy, stride_x)
     return dresidual, dx, column_sums(partial, weight.dtype)
 
 

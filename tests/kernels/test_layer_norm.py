@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from kernels import add_layer_norm, configs, layer_norm, reference
 from kernels.checks import INTERPRETED
+from kernels.layer_norm import _launch_layer_norm_backward as backward_of_rows
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
@@ -76,6 +77,29 @@ def test_compiled_odd_and_wide_rows_match_the_oracle(lane, dtype, N):
 def test_more_rows_than_programs_hold_at_once(lane, dtype, monkeypatch):
     monkeypatch.setattr(importlib.import_module("kernels.layer_norm"), "PARTIAL_ROWS", 2)
     check(*inputs(70, 33, dtype, lane.device))
+
+
+# The column sums of dx, which a projection's bias wants
+
+
+@across_lanes(F32, F16, lanes=("interpret", "sm_90", "gpu"))
+@pytest.mark.parametrize(("M", "N"), [(9, 300), (3, WIDE)], ids=["beside the rows", "wide"])
+@pytest.mark.parametrize("dropped", [False, True], ids=["no dropout", "dropout"])
+def test_the_sums_of_dx_change_nothing_else_and_are_those_of_what_is_stored(lane, dtype, M, N, dropped):
+    """Under mixed precision dx has two bytes where dresidual has four."""
+    _, total, weight, _, _, dtotal = inputs(M, N, F32, lane.device)
+    dy = torch.randn(M, N).to(lane.device, dtype)
+    mean, rstd = total.mean(1), total.var(1).rsqrt()
+    seed = torch.tensor([7], device=lane.device) if dropped else None
+    arguments = dy, dtotal, total, weight, torch.stack((mean, 0 * mean)), rstd, seed, 0.25 * dropped, dtype
+    dresidual, dx, vectors = backward_of_rows(*arguments)
+    *rows, sums = backward_of_rows(*arguments, sum_d=True)
+    assert torch.equal(rows[0], dresidual)
+    assert (dx is None) == (rows[1] is None) == (dtype == F32 and not dropped)
+    d = dresidual if dx is None else dx
+    assert dx is None or torch.equal(rows[1], dx)
+    assert torch.equal(sums[:2], vectors)
+    numerics.assert_close(sums[2], d.sum(0).float(), d.double().sum(0), what="the sums of dx")
 
 
 # Numerics
@@ -291,11 +315,14 @@ def test_a_cpu_tensor_without_a_gpu_is_refused():
 @pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "N"), [(BF16, 1600), (F32, 16384)], ids=["bfloat16-1600", "float32-16384"])
 def test_every_kernel_compiles_fits_and_does_not_spill(arch, dtype, N):
-    """The widths that take the most registers, with and without sums beside the rows; dropout adds a few."""
+    """The widths that take the most registers, with and without sums beside the rows; dropout adds a few, and so do the
+    sums of dx."""
     tensors = [x.requires_grad_() for x in inputs(1, N, dtype, "cpu")[:4]]
+    x, weight, seed = tensors[0].detach(), tensors[2].detach(), torch.zeros(1, dtype=torch.int64)
     with compiling.compile_only(arch) as kernels:
         y, sum = add_layer_norm(*tensors, dropout_p=0.1)
         torch.autograd.backward((y, sum), (y.detach(), sum.detach()))
+        backward_of_rows(x, x, x, weight, torch.zeros(2, 1), torch.zeros(1), seed, 0.1, dtype, sum_d=True)
     assert {"_layer_norm_forward_kernel", "_layer_norm_backward_kernel"} <= {kernel.name for kernel in kernels}
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
