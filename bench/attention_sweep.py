@@ -198,10 +198,11 @@ def gates(case, inputs, names):
     return {name: made[drops[name]] for name in names}
 
 
-def check(mode, name, inputs, gate):
-    """(error, status) of one backend on `inputs`."""
+def check(mode, name, inputs, gate, provider=None):
+    """(error, status) of one backend on `inputs`. provider: to be named if the GPU is lost, if not `name`."""
     actual, status = attempt(
-        lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options, gate.packed)()], provider=name
+        lambda: [two_heads(x) for x in make_call(mode, name, inputs, gate.options, gate.packed)()],
+        provider=provider or name,
     )
     if name in SDPA_KERNELS and any(words in status for words in SDPA_REFUSALS):
         status = "not supported: SDPA has no such kernel for this request"

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from bench.lib.compile_only import CompileOnly
 
 # Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of compute capabilities; CDNA3 ISA).
 SHARED_MEMORY = {
@@ -60,33 +61,12 @@ def _resources_amd(assembly):
     return number["vgpr_count"], number["vgpr_spill_count"]  # scalar registers spill into vector ones, not to memory
 
 
-class _Driver:
-    """As much of a Triton driver as the JIT asks for."""
-
+class _Driver(CompileOnly):
     def __init__(self, arch):
         is_amd = arch.startswith("gfx")
-        self.arch = arch
-        self.target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        self.kernels = []
-        self.utils = self
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self  # the JIT keeps one cache per device: every driver compiles afresh and sees each kernel
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": SHARED_MEMORY[self.arch]}
-
-    def launcher_cls(self, src, metadata):
-        return lambda *args: None
+        target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        super().__init__(target, SHARED_MEMORY[arch])
+        self.arch, self.kernels = arch, []
 
     def load_binary(self, name, binary, shared, device):
         if self.target.backend == "cuda":

@@ -85,7 +85,7 @@ STAGES = (
         "tune",
         "a short tuning, nothing rewritten",
         "bench.tune",
-        ("--dry-run", "--head-dims", "64", "--dtype", "bfloat16", "--seq-len", "1024"),
+        ("--dry-run", "--head-dims", "64", "--dtype", "bfloat16", "--seq-len", "1024", "--minutes", "0.3"),
         60,
     ),
     _attention(

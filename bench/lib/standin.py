@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 from torch.overrides import TorchFunctionMode
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from model.attention import registry
@@ -116,7 +117,13 @@ def install():
     torch.Generator = _Generator("Generator", (), {})
     torch.compile = lambda function, **_: function
     _OnCpu().__enter__()
-    driver.set_active(SimpleNamespace(utils=SimpleNamespace(load_binary=None)))  # an interpreted kernel loads nothing
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 227 * 1024}),
+        )
+    )
     # On a CPU flex_attention takes no gradient.
     eager, flex = (registry._BACKENDS[name] for name in ("eager", "flex"))
     registry._BACKENDS["flex"] = replace(
@@ -152,6 +159,7 @@ def _shrink():
     PRESETS |= dict.fromkeys(PRESETS, tiny)
     tune.TOKENS, tune.ODD_T, tune.WIDTH = 17, 5, 64
     tune.TILES, tune.WARPS, tune.STAGES = {2: (32, 64)}, (4,), (2,)
+    tune.FINALISTS, tune.MINUTE_S = 1, 600.0
     training_sweep.QUICK["cuda"] = ((1,), (16,))
     model_sweep.QUICK["cuda"] = {"training": ((1,), (16,)), "decoding": ((1,), (16,)), "inference": ((1, 2), (16,))}
     transformers_sweep.QUICK = tuple(case for case in transformers_sweep.QUICK if case[0][1] == 1)

@@ -1,4 +1,4 @@
-"""What a stage of a visit can do wrong, as commands: `python -m bench.lib.waiting tests.bench.faulty_stage fail`."""
+"""What a stage of a visit can do wrong: `python -m bench.lib.waiting tests.bench.faulty_stage fail`. And a compiler."""
 
 import os
 import signal
@@ -28,3 +28,18 @@ def main(argv):
     if what == "lose" and "--resume" not in argv:
         return 3
     return 0
+
+
+def compiled(what):
+    """For bench/lib/processes.py: a function that raises, dies, hangs or prints."""
+    if what == "raise":
+        raise ZeroDivisionError("of its own making")
+    if what == "abort":
+        print("LLVM ERROR: of its own making", file=sys.stderr, flush=True)
+        os.abort()
+    if what == "exit":
+        os._exit(3)
+    if what == "hang":
+        time.sleep(300)
+    print("what a compiler prints")
+    return {"pid": os.getpid(), "interpreted": os.environ["TRITON_INTERPRET"]}
