@@ -1,4 +1,4 @@
-"""A decode step: the next token's logits for B rows, from the token before and the cache. Five launches a layer.
+"""A decode step: the next token's logits for B texts, from the tokens before and the cache. Five launches a layer.
 
     1  x = wte[id] + wpe[length] in the first layer;  q, k, v = LN(x) W + b;  k and v go into the cache
     2  attention of q over the keys, SPLIT of them a program: o of each split and its log-sum-exp
@@ -7,10 +7,12 @@
     5  x += h W + b
     and at the end  logits = LN(x) W
 
-Each program serves one row; rows share the weights through L2. x stays in fp32 from layer to layer. Weights are packed
-as [out, in] (pack_layer), so that a warp reads whole rows of them; biases, norms and embeddings are the model's own.
-Each sum has one order, which depends on the widths alone: a row's bits depend neither on the other rows nor on how much
-memory its cache has.
+Each program serves one row; rows share the weights through L2. A row is a new token: one of each text, or, where drafts
+are verified, several of one, of which each attends to those before it. x stays in fp32 from layer to layer. Weights are
+packed as [out, in] (pack.py), in the model's dtype or in int8 with a scale for each output, so that a warp reads whole
+rows of them; biases, norms and embeddings are the model's own. Each sum has one order, which depends on the widths
+alone: a row's bits depend neither on the other rows nor on how much memory its cache has, and those of a verified draft
+are those of the step that would have said it.
 
 A kernel is launched ahead of the end of the one before it, where the chip can (DEPENDENT): it asks for its weights,
 which nobody writes, and only then waits (_wait) for what the kernel before has written. On an H100 (GPT-2 124M, fp16,
@@ -27,12 +29,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.tiles import _activations, _layer_norm, _product, _vector, _weight_rows
+from kernels.decode.tiles import _activations, _layer_norm, _product, _scales, _vector, _weight_rows
 from kernels.gelu import _gelu
 from kernels.launch import Launcher
 from kernels.library import LOG2E, active_arch
 
-MAX_ROWS = 4  # beyond, the matrix units of the ordinary step win
+MAX_ROWS = 17  # texts, or the last token of one and 16 drafts
 BK = 256  # columns of a tile: 16 bytes a lane at two bytes an element
 WARPS = 4
 TILES = 12  # of weights, at most, that a program keeps: 48 registers a thread at two bytes an element
@@ -59,14 +61,16 @@ def _wait(PDL: tl.constexpr):
 def _decode_qkv_kernel(
     wte_ptr,  # [V, C]
     wpe_ptr,  # [n_positions, C]
-    ids_ptr,  # [B] int64
+    ids_ptr,  # [B, T] int64
     lengths_ptr,  # [B] int32
+    counts_ptr,  # [B] int32, or None
     norm_weight_ptr,  # [C]
     norm_bias_ptr,  # [C]
     w_ptr,  # [3C, C]
+    scale_ptr,  # [3C] fp32, or None
     bias_ptr,  # [3C]
-    x_ptr,  # [B, C] fp32: written in the first layer, read in the others
-    q_ptr,  # [B, C] fp32
+    x_ptr,  # [B, T, C] fp32: written in the first layer, read in the others
+    q_ptr,  # [B, T, C] fp32
     cache_ptr,  # [2, B, H, capacity, D]: a layer's
     H,
     capacity,
@@ -77,47 +81,56 @@ def _decode_qkv_kernel(
     R: tl.constexpr,
     GROUPS: tl.constexpr,
     IS_FIRST: tl.constexpr,
+    T: tl.constexpr,
     PDL: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (C + BK - 1) // BK
     _ask(PDL)
+    row = tl.program_id(1)
+    if counts_ptr is not None:
+        is_idle = row % T >= tl.load(counts_ptr + row // T)  # the text has no such token
+        if is_idle:
+            _wait(PDL)
+            return
     first = tl.program_id(0) * (GROUPS * R)
     w = _weight_rows(w_ptr, first, 3 * C, C, BK, R, GROUPS)
+    scale = _scales(scale_ptr, first, 3 * C, R, GROUPS)
     bias = _vector(bias_ptr, first, 3 * C, R, GROUPS)
     norm_weight = _activations(norm_weight_ptr, C, BK, R)
     norm_bias = _activations(norm_bias_ptr, C, BK, R)
     _wait(PDL)
-    b = tl.program_id(1)
-    length = tl.load(lengths_ptr + b)
+    b = row // T
+    length = tl.load(lengths_ptr + b) + row % T  # tokens before this one
     if IS_FIRST:
-        token = _activations(wte_ptr + tl.load(ids_ptr + b) * C, C, BK, R)
+        token = _activations(wte_ptr + tl.load(ids_ptr + row) * C, C, BK, R)
         place = _activations(wpe_ptr + length.to(tl.int64) * C, C, BK, R)
         x = ()
         for c in tl.static_range(CHUNKS):
             x += (token[c].to(tl.float32) + place[c].to(tl.float32),)
             k = c * BK + tl.arange(0, BK)[None, :]
             mine = (tl.arange(0, R)[:, None] == 0) & (k < C) & (tl.program_id(0) == 0)
-            tl.store(x_ptr + b * C + tl.arange(0, R)[:, None] * 0 + k, x[c], mask=mine)
+            tl.store(x_ptr + row * C + tl.arange(0, R)[:, None] * 0 + k, x[c], mask=mine)
     else:
-        x = _activations(x_ptr + b * C, C, BK, R)
+        x = _activations(x_ptr + row * C, C, BK, R)
     y = _layer_norm(x, norm_weight, norm_bias, eps, C, BK)
     for g in tl.static_range(GROUPS):
         n = first + g * R + tl.arange(0, R)
-        value = _product(w, y, g, CHUNKS) + bias[g]  # [R]
-        tl.store(q_ptr + b * C + n, value, mask=n < C)
+        value = _product(w, y, scale, g, CHUNKS) + bias[g]  # [R]
+        tl.store(q_ptr + row * C + n, value, mask=n < C)
         m = n % C
-        head = (n // C - 1).to(tl.int64) * tl.num_programs(1) * H + b * H + m // D
+        head = (n // C - 1).to(tl.int64) * (tl.num_programs(1) // T) * H + b * H + m // D
         slot = (head * capacity + length) * D + m % D
         tl.store(cache_ptr + slot, value.to(cache_ptr.dtype.element_ty), mask=(n >= C) & (n < 3 * C))
 
 
 @triton.jit
 def _decode_attention_kernel(
-    q_ptr,  # [B, C] fp32
+    q_ptr,  # [B, T, C] fp32
     cache_ptr,  # [2, B, H, capacity, D]
-    lengths_ptr,  # [B] int32: without the new token
-    part_ptr,  # [B, H, splits, BLOCK_D] fp32
-    lse_ptr,  # [B, H, splits] fp32, log2 units
+    lengths_ptr,  # [B] int32: without the new tokens
+    counts_ptr,  # [B] int32, or None
+    part_ptr,  # [B, T, H, splits, BLOCK_D] fp32
+    lse_ptr,  # [B, T, H, splits] fp32, log2 units
     B,
     H,
     capacity,
@@ -126,29 +139,43 @@ def _decode_attention_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
+    T: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row's head against one split of its keys. The new token's are in the cache, but are loaded after the wait."""
+    """One row's head against one split of its keys; new tokens' are in the cache, but are loaded after the wait."""
     _ask(PDL)
     split = tl.program_id(0) % num_splits
     head = (tl.program_id(0) // num_splits).to(tl.int64)  # of all rows'
-    length = tl.load(lengths_ptr + head // H)
+    row = head // H
+    b = row // T
+    if counts_ptr is not None:
+        is_idle = row % T >= tl.load(counts_ptr + row // T)  # the text has no such token
+        if is_idle:
+            _wait(PDL)
+            return
+    length = tl.load(lengths_ptr + b) + (row % T).to(tl.int32)  # tokens before this one
     slots = split * SPLIT + tl.arange(0, SPLIT)
     d = tl.arange(0, BLOCK_D)
-    keys = cache_ptr + head * capacity * D
+    keys = cache_ptr + (b * H + head % H) * capacity * D
     values = keys + tl.cast(B, tl.int64) * H * capacity * D
-    held = (slots < length)[:, None] & (d < D)[None, :]
-    k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
-    v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
+    if T == 1:
+        held = (slots < length)[:, None] & (d < D)[None, :]
+        k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
+        v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
     _wait(PDL)
     if split * SPLIT <= length:
-        here = (length // SPLIT == split) & (d < D)
-        new_k = tl.load(keys + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
-        new_v = tl.load(values + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
+        if T == 1:
+            here = (length // SPLIT == split) & (d < D)
+            new_k = tl.load(keys + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
+            new_v = tl.load(values + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
+            is_new = (slots == length)[:, None]
+            k = tl.where(is_new, new_k[None, :], k)
+            v = tl.where(is_new, new_v[None, :], v)
+        else:
+            held = (slots <= length)[:, None] & (d < D)[None, :]
+            k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)
+            v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)
         q = tl.load(q_ptr + head * D + d, mask=d < D, other=0.0) * scale_log2
-        is_new = (slots == length)[:, None]
-        k = tl.where(is_new, new_k[None, :], k)
-        v = tl.where(is_new, new_v[None, :], v)
         s = tl.where(slots <= length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))  # [SPLIT]
         m = tl.max(s, 0)
         p = tl.exp2(s - m)
@@ -217,12 +244,14 @@ def _merged(
 
 @triton.jit
 def _decode_out_kernel(
-    part_ptr,  # [B, H, splits, BLOCK_D] fp32
-    lse_ptr,  # [B, H, splits] fp32, log2 units
+    part_ptr,  # [B, T, H, splits, BLOCK_D] fp32
+    lse_ptr,  # [B, T, H, splits] fp32, log2 units
     lengths_ptr,  # [B] int32
+    counts_ptr,  # [B] int32, or None
     w_ptr,  # [C, C]
+    scale_ptr,  # [C] fp32, or None
     bias_ptr,  # [C]
-    x_ptr,  # [B, C] fp32
+    x_ptr,  # [B, T, C] fp32
     H,
     num_splits,
     C: tl.constexpr,
@@ -233,59 +262,77 @@ def _decode_out_kernel(
     R: tl.constexpr,
     GROUPS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    T: tl.constexpr,
     PDL: tl.constexpr,
 ):
     _ask(PDL)
+    row = tl.program_id(1)
+    if counts_ptr is not None:
+        is_idle = row % T >= tl.load(counts_ptr + row // T)  # the text has no such token
+        if is_idle:
+            _wait(PDL)
+            return
     first = tl.program_id(0) * (GROUPS * R)
     w = _weight_rows(w_ptr, first, C, C, BK, R, GROUPS)
+    scale = _scales(scale_ptr, first, C, R, GROUPS)
     bias = _vector(bias_ptr, first, C, R, GROUPS)
-    b = tl.program_id(1)
-    filled = tl.load(lengths_ptr + b) // SPLIT + 1
+    filled = (tl.load(lengths_ptr + row // T) + row % T) // SPLIT + 1
     _wait(PDL)
-    o = _merged(part_ptr, lse_ptr, b * H, filled, num_splits, C, D, BLOCK_D, BK, AT_ONCE)
-    _add_product(w, o, bias, x_ptr + b * C, first, C, (C + BK - 1) // BK, R, GROUPS)
+    o = _merged(part_ptr, lse_ptr, row * H, filled, num_splits, C, D, BLOCK_D, BK, AT_ONCE)
+    _add_product(w, o, scale, bias, x_ptr + row * C, first, C, (C + BK - 1) // BK, R, GROUPS)
 
 
 @triton.jit
-def _add_product(w, h, bias, x_ptr, first, C, CHUNKS: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr):
+def _add_product(w, h, scale, bias, x_ptr, first, C, CHUNKS: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr):
     """x [C] += w h + bias, for this program's rows of w."""
     for g in tl.static_range(GROUPS):
         n = first + g * R + tl.arange(0, R)
         before = tl.load(x_ptr + n, mask=n < C, other=0.0)
-        tl.store(x_ptr + n, before + (_product(w, h, g, CHUNKS) + bias[g]), mask=n < C)
+        tl.store(x_ptr + n, before + (_product(w, h, scale, g, CHUNKS) + bias[g]), mask=n < C)
 
 
 @triton.jit
 def _decode_proj_kernel(
-    h_ptr,  # [B, K]
+    h_ptr,  # [B, T, K]
+    counts_ptr,  # [B] int32, or None
     w_ptr,  # [C, K]
+    scale_ptr,  # [C] fp32, or None
     bias_ptr,  # [C]
-    x_ptr,  # [B, C] fp32
+    x_ptr,  # [B, T, C] fp32
     C,
     K: tl.constexpr,
     BK: tl.constexpr,
     R: tl.constexpr,
     GROUPS: tl.constexpr,
+    T: tl.constexpr,
     PDL: tl.constexpr,
 ):
     _ask(PDL)
+    row = tl.program_id(1)
+    if counts_ptr is not None:
+        is_idle = row % T >= tl.load(counts_ptr + row // T)  # the text has no such token
+        if is_idle:
+            _wait(PDL)
+            return
     first = tl.program_id(0) * (GROUPS * R)
     w = _weight_rows(w_ptr, first, C, K, BK, R, GROUPS)
+    scale = _scales(scale_ptr, first, C, R, GROUPS)
     bias = _vector(bias_ptr, first, C, R, GROUPS)
     _wait(PDL)
-    b = tl.program_id(1)
-    h = _activations(h_ptr + b * K, K, BK, R)
-    _add_product(w, h, bias, x_ptr + b * C, first, C, (K + BK - 1) // BK, R, GROUPS)
+    h = _activations(h_ptr + row * K, K, BK, R)
+    _add_product(w, h, scale, bias, x_ptr + row * C, first, C, (K + BK - 1) // BK, R, GROUPS)
 
 
 @triton.jit
 def _decode_fc_kernel(
-    x_ptr,  # [B, C] fp32
+    x_ptr,  # [B, T, C] fp32
+    counts_ptr,  # [B] int32, or None
     norm_weight_ptr,  # [C]
     norm_bias_ptr,  # [C]
     w_ptr,  # [N, C]
+    scale_ptr,  # [N] fp32, or None
     bias_ptr,  # [N], or None
-    y_ptr,  # [B, N]
+    y_ptr,  # [B, T, N]
     N,
     eps,
     C: tl.constexpr,
@@ -293,58 +340,56 @@ def _decode_fc_kernel(
     R: tl.constexpr,
     GROUPS: tl.constexpr,
     GELU: tl.constexpr,
+    T: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y = LN(x) w^T + bias, through GELU if so: the MLP's first half, and the head."""
     _ask(PDL)
+    row = tl.program_id(1)
+    if counts_ptr is not None:
+        is_idle = row % T >= tl.load(counts_ptr + row // T)  # the text has no such token
+        if is_idle:
+            _wait(PDL)
+            return
     first = tl.program_id(0) * (GROUPS * R)
     w = _weight_rows(w_ptr, first, N, C, BK, R, GROUPS)
+    scale = _scales(scale_ptr, first, N, R, GROUPS)
     norm_weight = _activations(norm_weight_ptr, C, BK, R)
     norm_bias = _activations(norm_bias_ptr, C, BK, R)
     bias = ()
     if bias_ptr is not None:
         bias = _vector(bias_ptr, first, N, R, GROUPS)
     _wait(PDL)
-    b = tl.program_id(1)
-    y = _layer_norm(_activations(x_ptr + b * C, C, BK, R), norm_weight, norm_bias, eps, C, BK)
+    y = _layer_norm(_activations(x_ptr + row * C, C, BK, R), norm_weight, norm_bias, eps, C, BK)
     for g in tl.static_range(GROUPS):
         n = first + g * R + tl.arange(0, R)
-        value = _product(w, y, g, (C + BK - 1) // BK)  # [R]
+        value = _product(w, y, scale, g, (C + BK - 1) // BK)  # [R]
         if bias_ptr is not None:
             value += bias[g]
         if GELU:
             value = _gelu(value)
-        tl.store(y_ptr + b.to(tl.int64) * N + n, value.to(y_ptr.dtype.element_ty), mask=n < N)
-
-
-def pack_layer(weights, packed=None):
-    """The four matrices of a layer, [in, out], as [out, in]: new, or written into what an earlier call gave."""
-    if packed is None:
-        packed = [weight.new_empty(weight.shape[::-1]) for weight in weights]
-    for target, weight in zip(packed, weights):
-        target.copy_(weight.t())
-    return packed
+        tl.store(y_ptr + row.to(tl.int64) * N + n, value.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @dataclass
 class DecodeBuffers:
-    """What passes from kernel to kernel, for B rows of width C, H heads, and an inner width of `inner`."""
+    """What passes from kernel to kernel, for `rows` new tokens of width C, H heads, and an inner width of `inner`."""
 
-    x: torch.Tensor  # [B, C] fp32
-    q: torch.Tensor  # [B, C] fp32
-    h: torch.Tensor  # [B, inner]
-    part: torch.Tensor  # [B, H, splits, BLOCK_D] fp32
-    lse: torch.Tensor  # [B, H, splits] fp32
+    x: torch.Tensor  # [rows, C] fp32
+    q: torch.Tensor  # [rows, C] fp32
+    h: torch.Tensor  # [rows, inner]
+    part: torch.Tensor  # [rows, H, splits, BLOCK_D] fp32
+    lse: torch.Tensor  # [rows, H, splits] fp32
 
     @classmethod
-    def make(cls, B, C, H, inner, capacity, dtype, device):
+    def make(cls, rows, C, H, inner, capacity, dtype, device):
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=device)
 
         D = C // H
         splits, BLOCK_D = triton.cdiv(capacity, split_keys(D, dtype)), triton.next_power_of_2(D)
-        h = empty(B, inner, dtype=dtype)
-        return cls(empty(B, C), empty(B, C), h, empty(B, H, splits, BLOCK_D), empty(B, H, splits))
+        h = empty(rows, inner, dtype=dtype)
+        return cls(empty(rows, C), empty(rows, C), h, empty(rows, H, splits, BLOCK_D), empty(rows, H, splits))
 
 
 def _pdl():
@@ -359,14 +404,15 @@ def _options(**rest):
     return options | ({"launch_pdl": True} if pdl else {})
 
 
-def _rows_plan(B, N, K, numbers, /, **rest):
-    """For each of B rows, programs for as many of the N rows of weights [N, K] as make TILES tiles."""
+def _rows_plan(B, T, N, K, numbers, /, **rest):
+    """For each of B T rows, programs for as many of the N rows of weights [N, K] as make TILES tiles."""
     GROUPS = max(1, TILES // triton.cdiv(K, BK)) if N > K else 1
-    return (triton.cdiv(N, GROUPS * WARPS), B), numbers, _options(BK=BK, R=WARPS, GROUPS=GROUPS, **rest), {}
+    options = _options(BK=BK, R=WARPS, GROUPS=GROUPS, T=T, **rest)
+    return (triton.cdiv(N, GROUPS * WARPS), B * T), numbers, options, {}
 
 
-def _qkv_plan(B, C, H, capacity, eps, is_first):
-    return _rows_plan(B, 3 * C, C, (H, capacity, eps), C=C, D=C // H, IS_FIRST=is_first)
+def _qkv_plan(B, T, C, H, capacity, eps, is_first):
+    return _rows_plan(B, T, 3 * C, C, (H, capacity, eps), C=C, D=C // H, IS_FIRST=is_first)
 
 
 def split_keys(head_dim, dtype):
@@ -374,27 +420,27 @@ def split_keys(head_dim, dtype):
     return max(16, min(SPLIT, 2**15 // (triton.next_power_of_2(head_dim) * dtype.itemsize)))
 
 
-def _attention_plan(B, C, H, capacity, dtype, scale):
+def _attention_plan(B, T, C, H, capacity, dtype, scale):
     D = C // H
     keys = split_keys(D, dtype)
     splits = triton.cdiv(capacity, keys)
-    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), SPLIT=keys, num_warps=2 * WARPS)
-    return (B * H * splits,), (B, H, capacity, splits, scale * LOG2E), options, {}
+    options = _options(D=D, BLOCK_D=triton.next_power_of_2(D), SPLIT=keys, T=T, num_warps=2 * WARPS)
+    return (B * T * H * splits,), (B, H, capacity, splits, scale * LOG2E), options, {}
 
 
-def _out_plan(B, C, H, capacity, dtype):
+def _out_plan(B, T, C, H, capacity, dtype):
     D = C // H
     keys = split_keys(D, dtype)
     shape = {"C": C, "D": D, "BLOCK_D": triton.next_power_of_2(D), "SPLIT": keys, "AT_ONCE": AT_ONCE}
-    return _rows_plan(B, C, C, (H, triton.cdiv(capacity, keys)), **shape)
+    return _rows_plan(B, T, C, C, (H, triton.cdiv(capacity, keys)), **shape)
 
 
-def _proj_plan(B, C, inner):
-    return _rows_plan(B, C, inner, (C,), K=inner)
+def _proj_plan(B, T, C, inner):
+    return _rows_plan(B, T, C, inner, (C,), K=inner)
 
 
-def _fc_plan(B, C, N, eps, gelu):
-    return _rows_plan(B, N, C, (N, eps), C=C, GELU=gelu)
+def _fc_plan(B, T, C, N, eps, gelu):
+    return _rows_plan(B, T, N, C, (N, eps), C=C, GELU=gelu)
 
 
 _launch_qkv = Launcher(_decode_qkv_kernel, _qkv_plan)
@@ -404,20 +450,30 @@ _launch_proj = Launcher(_decode_proj_kernel, _proj_plan)
 _launch_fc = Launcher(_decode_fc_kernel, _fc_plan)
 
 
-def decode_step(ids, lengths, cache, layers, embeddings, final_norm, head, logits, buffers, num_heads, scales, eps):
-    """Writes logits [B, V] fp32, and the new keys and values into the cache.
+def decode_step(
+    ids, lengths, cache, layers, embeddings, final_norm, head, logits, buffers, num_heads, scales, eps, counts=None
+):
+    """Writes logits [B T, V] fp32, and the new keys and values into the cache.
 
-    ids: [B, 1] int64. lengths: [B] int32, the tokens that each row holds; they stay as they are. cache: [n_layer, 2, B,
-    H, capacity, D]. layers: for each (ln_1, qkv, out, ln_2, fc, proj), pairs of a weight and a bias, matrices packed by
-    pack_layer. embeddings: wte, wpe. final_norm: a pair. head: [V, C]. scales: each layer's, of its scores.
+    ids: [B, T] int64, contiguous, at most MAX_ROWS of them. lengths: [B] int32, the tokens that each text holds; they
+    stay as they are. counts: [B] int32, how many of its T ids are new tokens; logits and slots of the others stay as
+    they are. None: all. cache: [n_layer, 2, B, H, capacity, D]. layers: for each (ln_1, qkv, out, ln_2, fc, proj): the
+    norms pairs of a weight and a bias, the others a `Packed` matrix and a bias. embeddings: wte, wpe. final_norm: a
+    pair. head: a `Packed` [V, C]. scales: each layer's, of its scores.
     """
-    B, C = buffers.x.shape
-    shape = B, C, num_heads, cache.shape[4]
+    B, T = ids.shape
+    C = buffers.x.shape[1]
+    shape = B, T, C, num_heads, cache.shape[4]
+    part, lse = buffers.part, buffers.lse
     for i, (ln_1, qkv, out, ln_2, fc, proj) in enumerate(layers):
-        tensors = (*embeddings, ids, lengths, *ln_1, *qkv, buffers.x, buffers.q, cache[i])
+        matrix, bias = qkv
+        tensors = (*embeddings, ids, lengths, counts, *ln_1, *matrix, bias, buffers.x, buffers.q, cache[i])
         _launch_qkv(tensors, *shape, eps, i == 0)
-        _launch_attention((buffers.q, cache[i], lengths, buffers.part, buffers.lse), *shape, cache.dtype, scales[i])
-        _launch_out((buffers.part, buffers.lse, lengths, *out, buffers.x), *shape, cache.dtype)
-        _launch_fc((buffers.x, *ln_2, *fc, buffers.h), B, C, fc[0].shape[0], eps, True)
-        _launch_proj((buffers.h, *proj, buffers.x), B, C, proj[0].shape[1])
-    _launch_fc((buffers.x, *final_norm, head, None, logits), B, C, head.shape[0], eps, False)
+        _launch_attention((buffers.q, cache[i], lengths, counts, part, lse), *shape, cache.dtype, scales[i])
+        matrix, bias = out
+        _launch_out((part, lse, lengths, counts, *matrix, bias, buffers.x), *shape, cache.dtype)
+        matrix, bias = fc
+        _launch_fc((buffers.x, counts, *ln_2, *matrix, bias, buffers.h), B, T, C, matrix.weight.shape[0], eps, True)
+        matrix, bias = proj
+        _launch_proj((buffers.h, counts, *matrix, bias, buffers.x), B, T, C, matrix.weight.shape[1])
+    _launch_fc((buffers.x, counts, *final_norm, *head, None, logits), B, T, C, head.weight.shape[0], eps, False)

@@ -2,8 +2,8 @@
 
 A matrix-vector product has nothing to reuse: each weight is read once, and memory decides. A program takes a few rows
 of a weight matrix [N, K] (packed as [out, in]) and keeps them in registers as tiles [R, BK], R the number of warps, so
-that a warp holds whole rows: BK = 256 columns are one load of 16 bytes for each lane at two bytes an element. All loads
-of a program are issued before the first is used: that is what keeps memory busy.
+that a warp holds whole rows: BK = 256 columns are one load of 16 bytes for each lane at two bytes an element, of 8 at
+one. All loads of a program are issued before the first is used: that is what keeps memory busy.
 
 A row of activations is loaded into the same layout, each warp all of it. So LayerNorm needs no barrier and the product
 no exchange between warps: sums are over the lanes of a warp.
@@ -64,12 +64,38 @@ def _layer_norm(x, weight, bias, eps, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _product(tiles, x, g: tl.constexpr, CHUNKS: tl.constexpr):
-    """The R numbers of group g: fp32 multiply-adds chunk by chunk, then one sum over the lanes of a warp."""
-    acc = tiles[g * CHUNKS].to(tl.float32) * x[0].to(tl.float32)
+def _product(tiles, x, scale, g: tl.constexpr, CHUNKS: tl.constexpr):
+    """The R numbers of group g: fp32 multiply-adds chunk by chunk, then one sum over the lanes of a warp.
+
+    scale: of each row of weights, as _scales gives it, applied once to the sum; () where there is none.
+    """
+    acc = _number(tiles[g * CHUNKS]) * x[0].to(tl.float32)
     for c in tl.static_range(1, CHUNKS):
-        acc += tiles[g * CHUNKS + c].to(tl.float32) * x[c].to(tl.float32)
-    return tl.sum(acc, 1)  # [R]
+        acc += _number(tiles[g * CHUNKS + c]) * x[c].to(tl.float32)
+    y = tl.sum(acc, 1)  # [R]
+    if len(scale) > 0:
+        y *= scale[g]
+    return y
+
+
+@triton.jit
+def _number(w):
+    """A tile of weights in fp32. An int8 is added to the bits of 1.5 * 2**23, whose last counts 1; that is taken off.
+
+    A byte permutation and two additions, where a conversion from integers goes at a fraction of their rate.
+    """
+    if w.dtype == tl.int8:
+        return (w.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    return w.to(tl.float32)
+
+
+@triton.jit
+def _scales(ptr, first, N, R: tl.constexpr, GROUPS: tl.constexpr):
+    """As _vector; () where ptr is None, for weights that have no scales."""
+    groups = ()
+    if ptr is not None:
+        groups = _vector(ptr, first, N, R, GROUPS)
+    return groups
 
 
 @triton.jit

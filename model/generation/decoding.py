@@ -232,7 +232,7 @@ class Decoding:
         self._stream(prompt)
         new = decode_with_lookup(
             logits.float(),
-            lambda tokens: self._feed([tokens], self.cache, every_position=True)[0].float(),
+            self._verify,
             self.cache,
             prompt,
             budget=budget,
@@ -242,6 +242,14 @@ class Decoding:
             emit=self._stream,
         )
         return torch.cat((prompt, new))
+
+    def _verify(self, tokens):
+        """Logits [T, V] after each of the ids [T], the last one said and its drafts."""
+        logits = None if self.graphed is None else self.graphed.step(tokens[None], self.cache)
+        if logits is None:
+            return self._feed([tokens], self.cache, every_position=True)[0].float()
+        self.forward_passes += 1
+        return logits
 
     def _align(self, found):
         """Rows of (prompt length, ids) as one tensor [R, L], left-padded so that new tokens start in one column."""

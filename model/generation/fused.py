@@ -4,23 +4,31 @@ import torch
 
 from kernels.attention import MAX_HEAD_DIM
 from kernels.checks import FLOATS
-from kernels.decode import MAX_ROWS, DecodeBuffers, decode_step, pack_layer
+from kernels.decode import MAX_ROWS, DecodeBuffers, Packed, decode_step, pack
 from model.attention import get_attention
 from model.layers.linear import Head
 from model.layers.norm import LayerNorm
 from model.layers.observed import is_plain
 from model.layers.ops import TANH_GELU, use_triton
 
+MAX_TEXTS = 16  # that the kernels serve, one new token of each
+MOST_UNASKED = 4  # texts: with more, the matrix units of the forward pass's kernels win
+MAX_DRAFTS = MAX_ROWS - 1  # tokens verified beside the last one of a text
 
-def refusal(model, B):
-    """Why these kernels cannot take a decode step of B rows of this model, in words, or None if they can."""
+
+def refusal(model, B, limit=MOST_UNASKED, drafts=0):
+    """Why these kernels cannot take a decode step of this model, in words, or None if they can.
+
+    Of B texts, at most `limit`; drafts: tokens of each that are verified in the step.
+    """
     transformer, config = model.transformer, model.config
     weight = transformer.wte.weight
     request = {"device": model.device, "dtype": model.dtype, "head_dim": config.head_dim}
     backend = get_attention(transformer.attn_implementation, **request).name
     dtypes = {parameter.dtype for parameter in model.parameters()}
     for holds, reason in (
-        (B > MAX_ROWS, f"there are {B} rows; at most {MAX_ROWS} are served"),
+        (limit < B, f"there are {B} rows; at most {limit} are served"),
+        (drafts > MAX_DRAFTS, f"there are {drafts} drafts; at most {MAX_DRAFTS} are verified at once"),
         (backend != "triton", f"attention backend {backend!r} was chosen"),
         (not use_triton(transformer.kernel_implementation, weight), "PyTorch's operations were chosen"),
         (config.activation_function not in TANH_GELU, f"the activation function is {config.activation_function!r}"),
@@ -58,29 +66,37 @@ def _matrices(block):
 
 
 class FusedStep:
-    """What kernels/decode takes of a model: its weights, the matrices packed, and buffers for B rows."""
+    """What kernels/decode takes of a model: its weights, the matrices packed, and buffers for T tokens of B texts.
 
-    def __init__(self, model, B, capacity):
+    weights: "model" or "int8"; the head is packed in int8 alone, for the model's own has the form that is read.
+    """
+
+    def __init__(self, model, B, capacity, T=1, weights="model"):
         self.model, config = model, model.config
         transformer = model.transformer
-        self.packed = [pack_layer([x.weight for x in _matrices(block)]) for block in transformer.h]
+        self.sources = [matrix for block in transformer.h for matrix in _matrices(block)]
+        self.packed = [pack(matrix.out_in(), weights) for matrix in self.sources]
+        self.head = Packed(model.lm_head.weight)
+        if weights == "int8":
+            self.head = pack(model.lm_head.weight, weights)
+            self.sources.append(model.lm_head)
+            self.packed.append(self.head)
         self.layers = []
-        for block, packed in zip(transformer.h, self.packed):
-            qkv, out, fc, proj = ((w, linear.bias) for w, linear in zip(packed, _matrices(block)))
-            norms = ((norm.weight, norm.bias) for norm in (block.ln_1, block.ln_2))
-            ln_1, ln_2 = norms
-            self.layers.append((ln_1, qkv, out, ln_2, fc, proj))
+        for i, block in enumerate(transformer.h):
+            pairs = [(self.packed[4 * i + j], linear.bias) for j, linear in enumerate(_matrices(block))]
+            ln_1, ln_2 = ((norm.weight, norm.bias) for norm in (block.ln_1, block.ln_2))
+            self.layers.append((ln_1, *pairs[:2], ln_2, *pairs[2:]))
         self.scales = [block.attn.scale for block in transformer.h]
-        sizes = B, config.n_embd, config.n_head, config.inner_dim, capacity
+        sizes = B * T, config.n_embd, config.n_head, config.inner_dim, capacity
         self.buffers = DecodeBuffers.make(*sizes, model.dtype, model.device)
 
     def refresh(self):
         """Packs the matrices anew, at the same addresses: the model's may have changed in place."""
-        for block, packed in zip(self.model.transformer.h, self.packed):
-            pack_layer([x.weight for x in _matrices(block)], packed)
+        for matrix, packed in zip(self.sources, self.packed):
+            packed.write(matrix.out_in())
 
-    def run(self, ids, lengths, cache, logits):
-        """Writes logits [B, V] fp32 after ids [B, 1]; lengths [B] int32 stay as they are."""
+    def run(self, ids, lengths, cache, logits, counts=None):
+        """Writes logits [B T, V] fp32 after ids [B, T], of which counts [B] int32 are some; lengths [B] int32 stay."""
         transformer, config = self.model.transformer, self.model.config
         decode_step(
             ids,
@@ -89,10 +105,11 @@ class FusedStep:
             self.layers,
             (transformer.wte.weight, transformer.wpe.weight),
             (transformer.ln_f.weight, transformer.ln_f.bias),
-            self.model.lm_head.weight,
+            self.head,
             logits,
             self.buffers,
             config.n_head,
             self.scales,
             config.layer_norm_epsilon,
+            counts,
         )

@@ -12,7 +12,7 @@ from model.cache import KVCache
 from model.config import SPECIAL_TOKENS, GPT2Config, brief
 from model.generation.config import FILE, GenerationConfig, merge
 from model.generation.decoding import Decoding
-from model.generation.graph import DecodeGraphs, GraphedSteps, refusal
+from model.generation.graph import DecodeGraphs, GraphedSteps, refusal, refuse
 from model.generation.prompts import Prompts
 from model.generation.settings import Settings, token_ids
 from model.generation.stopping import Stops
@@ -108,9 +108,13 @@ class GenerationMixin(torch.nn.Module):
         each 256 tokens of length, and replay it. The graphs and their cache memory stay with the model until
         release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger
         "model.generation.graph" says why. False: never.
-        decode_kernel: "auto", "fused" or "plain": whether a captured step of at most 4 rows goes by kernels of its own
-        (kernels/decode; a second copy of the layers' matrices stays with the graph) or by those of the forward pass,
-        which gives the ordinary step's bits. "auto": fused where they can; "fused" raises ValueError elsewhere.
+        decode_kernel: "auto", "fused" or "plain": whether a captured step goes by kernels of its own (kernels/decode; a
+        second copy of the layers' matrices stays with the graph) or by those of the forward pass, which gives the
+        ordinary step's bits. "auto": fused where they can, for at most 4 rows; "fused": for at most 16, and ValueError
+        elsewhere. Prompt lookup with at most 16 drafts is captured by them alone.
+        weights: "model", or "int8": the decode kernels read the layers' matrices and the head as int8 with a scale for
+        each output, half the bytes of fp16, packed anew at each call; the prompt goes through the model's own weights.
+        At most 16 rows; ValueError where those kernels cannot.
         Also typical_p, suppress_tokens, sequence_bias, prefix_allowed_tokens_fn(row, ids), renormalize_logits;
         max_time, in seconds; output_scores, output_logits, output_attentions, output_hidden_states, of each forward
         pass, in a GenerateOutput. inputs: another name of input_ids.
@@ -201,23 +205,19 @@ class GenerationMixin(torch.nn.Module):
 
     def graphed_steps(self, settings: Any, prompts: Any = None) -> GraphedSteps | None:
         """The replayed decode steps of one call of generate, or None, with the reason logged, where they cannot be."""
+        kernel, weights = settings.decode_kernel, settings.weights
         if not settings.cuda_graph:
-            if settings.decode_kernel == "fused":
-                raise ValueError(
-                    "generate: decode_kernel='fused' cannot serve this call: it is for captured steps; "
-                    "cuda_graph=False has none"
-                )
+            refuse(kernel, weights, "it is for captured steps; cuda_graph=False has none")
             return None
         if self._graphs is None:
             self._graphs = DecodeGraphs()
         reason = refusal(self, settings, prompts)
         if reason is not None:
-            if settings.decode_kernel == "fused":
-                raise ValueError(f"generate: decode_kernel='fused' cannot serve this call: {reason}")
+            refuse(kernel, weights, reason)
             self._graphs.tell(reason)
             return None
         keeps_cache = settings.return_dict_in_generate or (prompts is not None and prompts.past is not None)
-        return GraphedSteps(self, self._graphs, keeps_cache, settings.decode_kernel)
+        return GraphedSteps(self, self._graphs, keeps_cache, settings)
 
     def release_graphs(self) -> None:
         """Lets go of the captured decode steps and of their memory; generate() captures them anew."""

@@ -4,7 +4,7 @@ A graph is captured for a number of rows and a capacity of the cache, 256 slots 
 writes stands at one address: the new ids, the lengths of the rows, the cache's memory, the logits. The lengths are on
 the device and advance there, inside the graph; attention goes over the whole capacity and reads no key beyond a row's
 end. No number of the host enters, so that a replayed step is right at every length. Where model/generation/fused.py
-can, the step goes by kernels of its own, five a layer.
+can, the step goes by kernels of its own, five a layer; only these verify drafts, several tokens of one text at once.
 
 The graphs of a model are kept from call to call, each with its cache memory; GPT2.release_graphs() gives it back.
 """
@@ -12,12 +12,13 @@ The graphs of a model are kept from call to call, each with its cache memory; GP
 import logging
 import threading
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from model.attention import attention, get_attention
 from model.cache import KVCache, PerRow, grown_capacity, next_places, store
-from model.generation.fused import FusedStep
+from model.generation.fused import MAX_TEXTS, MOST_UNASKED, FusedStep
 from model.generation.fused import refusal as fused_refusal
 
 DEVICES = ("cuda",)
@@ -37,11 +38,15 @@ def refusal(model, settings, prompts=None):
     request = {"device": device, "dtype": model.dtype, "head_dim": config.head_dim}
     backend = get_attention(model.transformer.attn_implementation, **request)
     cannot = backend.refusal(**request, padding=True, unequal_lengths=True)
+    drafts = settings.prompt_lookup_num_tokens
     for holds, reason in (
         (torch.version.hip is not None, "on AMD GPUs nobody has tried it"),
         (not settings.use_cache, "use_cache=False keeps no cache"),
         (settings.num_beams > 1, "beam search reorders the cache at each step"),
-        (settings.prompt_lookup_num_tokens > 0, "prompt lookup feeds several tokens at once"),
+        (
+            drafts > 0 and settings.decode_kernel == "plain",
+            "prompt lookup feeds several tokens at once, which the decode kernels alone capture",
+        ),
         (settings.output_attentions, "output_attentions is read on the host"),
         (settings.output_hidden_states, "output_hidden_states is read on the host"),
         (positions is not None, "position_ids count on from the caller's own"),
@@ -57,7 +62,18 @@ def refusal(model, settings, prompts=None):
     ):
         if holds:
             return reason
+    if drafts > 0:
+        reason = fused_refusal(model, 1, drafts=drafts)
+        return None if reason is None else f"prompt lookup is captured by the decode kernels alone, and {reason}"
     return None
+
+
+def refuse(decode_kernel, weights, reason):
+    """ValueError with the reason, where settings insist on what cannot be."""
+    asked = [f"decode_kernel={decode_kernel!r}"] if decode_kernel == "fused" else []
+    asked += [f"weights={weights!r}"] if weights != "model" else []
+    if asked:
+        raise ValueError(f"generate: {' and '.join(asked)} cannot serve this call: {reason}")
 
 
 def capture(step, device):
@@ -83,25 +99,39 @@ def _side_stream(device):
     return torch.cuda.Stream(device)
 
 
+class Kind(NamedTuple):
+    """Which step is captured: by the decode kernels or not, with which weights, of how many tokens a row."""
+
+    fused: bool = False
+    weights: str = "model"
+    T: int = 1
+
+
 class DecodeStep:
     """The step that is captured: one token for each of B rows. Implements KVCache's interface, so the
-    forward pass is captured unchanged. With `fused` the kernels of kernels/decode take the forward pass's place.
+    forward pass is captured unchanged. With `kind.fused` the kernels of kernels/decode take the forward pass's place.
 
-    ids [B, 1], lengths [B] int32 and data, as KVCache has it, go in; logits [B, V] fp32 come out; lengths advances.
+    ids [B, T], lengths [B] int32 and data, as KVCache has it, go in; logits [B T, V] fp32 come out. T is 1 and lengths
+    advances, or the step verifies drafts: counts [B] int32 of the T tokens are some, and lengths stays.
     """
 
     is_uniform = False  # as far as the host knows
 
-    def __init__(self, model, B, capacity, fused=False):
+    def __init__(self, model, B, capacity, kind=None):
         config, device = model.config, model.device
+        kind = kind or Kind()
         self.batch_size = B
-        self.fused = FusedStep(model, B, capacity) if fused else None
-        self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.fused = FusedStep(model, B, capacity, kind.T, kind.weights) if kind.fused else None
+        self.ids = torch.zeros(B, kind.T, dtype=torch.long, device=device)
         self.lengths = PerRow(B, device)
+        self.counts = PerRow(B, device) if kind.T > 1 else None
         self.data = KVCache(config, B, capacity=capacity, device=device, dtype=model.dtype).data
-        self.logits = torch.zeros(B, config.vocab_size, dtype=torch.float32, device=device)
+        self.logits = torch.zeros(B * kind.T, config.vocab_size, dtype=torch.float32, device=device)
 
     def run(self, model):
+        if self.counts is not None:
+            self.fused.run(self.ids, self.lengths.tensor, self.data, self.logits, self.counts.tensor)
+            return
         if self.fused is not None:
             self.fused.run(self.ids, self.lengths.tensor, self.data, self.logits)
             self.advance(None)
@@ -130,10 +160,10 @@ class DecodeStep:
 class DecodeGraph:
     """A captured DecodeStep and its memory."""
 
-    def __init__(self, model, B, capacity, fused):
+    def __init__(self, model, B, capacity, kind):
         # Made in inference mode, its tensors could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self.step = DecodeStep(model, B, capacity, fused)
+            self.step = DecodeStep(model, B, capacity, kind)
             self.graph = capture(lambda: self.step.run(model), model.device)
         self.step.lengths.known = None  # the warm-ups have advanced it
 
@@ -146,13 +176,20 @@ class DecodeGraph:
         return self.data.shape[4]
 
     def __call__(self, ids, cache):
-        """Logits [B, V] fp32 after ids [B, 1], in memory that the next call overwrites; `cache` lies in `data`."""
-        self.step.ids.copy_(ids)
+        """Logits [B T, V] fp32 after ids [B, T], in memory that the next call overwrites; `cache` lies in `data`.
+
+        Where the graph is one for drafts, T may be less than what it was captured for.
+        """
+        T = ids.shape[1]
+        self.step.ids[:, :T].copy_(ids)
         self.step.lengths.of(cache.lengths)
+        if self.step.counts is not None:
+            self.step.counts.of([T] * cache.batch_size)
         self.graph.replay()
-        cache.advance([1] * cache.batch_size)
-        self.step.lengths.known = list(cache.lengths)
-        return self.step.logits
+        cache.advance([T] * cache.batch_size)
+        if self.step.counts is None:
+            self.step.lengths.known = list(cache.lengths)
+        return self.step.logits[:T] if cache.batch_size == 1 else self.step.logits
 
 
 class DecodeGraphs:
@@ -164,7 +201,7 @@ class DecodeGraphs:
     """
 
     def __init__(self):
-        self.kept, self.failed, self.told = {}, set(), set()
+        self.kept, self.failed, self.told = {}, {}, set()
 
     def tell(self, reason, level=logging.INFO):
         """Logs, once per reason, why decoding runs without a graph."""
@@ -172,7 +209,7 @@ class DecodeGraphs:
             self.told.add(reason)
             logger.log(level, "generate: decoding without a CUDA graph: %s", reason)
 
-    def take(self, model, B, capacity, fused):
+    def take(self, model, B, capacity, kind):
         """(key, graph), captured if none is kept; the graph is None if its capture failed, now or before."""
         weights = (
             *_addresses(model),
@@ -180,18 +217,18 @@ class DecodeGraphs:
         )  # the modules too: one without weights may take another's place
         self.kept = {key: graph for key, graph in self.kept.items() if key[0] == weights}
         kernels, name = model.transformer.kernel_implementation, model.transformer.attn_implementation
-        key = (weights, kernels, name, B, capacity, fused)
+        key = (weights, kernels, name, B, capacity, kind)
         graph = self.kept.pop(key, None)
-        if graph is not None and fused:
+        if graph is not None and kind.fused:
             graph.step.fused.refresh()
         if graph is None and key not in self.failed:
             while len(self.kept) >= MAX_GRAPHS:
                 del self.kept[next(iter(self.kept))]
             try:
-                graph = DecodeGraph(model, B, capacity, fused)
+                graph = DecodeGraph(model, B, capacity, kind)
             except Exception as error:
-                self.failed.add(key)
-                self.tell(f"its capture failed: {type(error).__name__}: {error}", logging.WARNING)
+                self.failed[key] = f"{type(error).__name__}: {error}"
+                self.tell(f"its capture failed: {self.failed[key]}", logging.WARNING)
         return key, graph
 
     def give_back(self, key, graph):
@@ -213,9 +250,10 @@ class GraphedSteps:
     memory if keeps_cache, because the caller has it.
     """
 
-    def __init__(self, model, graphs, keeps_cache, decode_kernel):
+    def __init__(self, model, graphs, keeps_cache, settings):
         self.model, self.graphs, self.keeps_cache = model, graphs, keeps_cache
-        self.decode_kernel = decode_kernel
+        self.decode_kernel, self.weights = settings.decode_kernel, settings.weights
+        self.drafts = settings.prompt_lookup_num_tokens
         self.cache = None
         self.key = self.graph = None
         self.has_failed = False
@@ -231,17 +269,23 @@ class GraphedSteps:
     def step(self, ids, cache):
         """Logits [B, V] after ids [B, 1], overwritten by the next step, or None where the ordinary step must do.
 
-        After the former `cache` lies in a graph's memory, and detach() takes it out; after the latter it has its own.
+        With drafts, [T, V] after ids [1, T], the last token and T - 1 drafts. After the former `cache` lies in a
+        graph's memory, and detach() takes it out; after the latter it has its own.
         """
         self.cache = cache
-        needed = cache.get_seq_length() + 1
-        if not self.has_failed and (self.graph is None or self.graph.capacity < needed):
-            self._change_to(grown_capacity(needed, cache.n_positions), cache)
+        needed = cache.get_seq_length() + ids.shape[1]
+        if not self.has_failed:
+            if self.graph is None or self.graph.capacity < needed:
+                self._change_to(grown_capacity(needed, cache.n_positions), cache)
+            elif cache.data is not self.graph.data:  # another text's
+                cache.move(self.graph.data)
         return None if self.has_failed else self.graph(ids, cache)
 
     def _change_to(self, capacity, cache):
-        key, graph = self.graphs.take(self.model, cache.batch_size, capacity, self._fuses(cache.batch_size))
+        kind = self._kind(cache.batch_size)
+        key, graph = self.graphs.take(self.model, cache.batch_size, capacity, kind)
         if graph is None:
+            refuse(self.decode_kernel, self.weights, f"its capture failed: {self.graphs.failed[key]}")
             self.has_failed = True
             self.detach(cache)
             return
@@ -249,14 +293,16 @@ class GraphedSteps:
         self._give_back()
         self.key, self.graph = key, graph
 
-    def _fuses(self, B):
-        """Whether the step of B rows goes by kernels of its own. ValueError where it was asked for and cannot."""
+    def _kind(self, B):
+        """The step of B rows. ValueError where the decode kernels were asked for and cannot."""
         if self.decode_kernel == "plain":
-            return False
-        reason = fused_refusal(self.model, B)
-        if reason is not None and self.decode_kernel == "fused":
-            raise ValueError(f"generate: decode_kernel='fused' cannot serve this call: {reason}")
-        return reason is None
+            return Kind()
+        asked = self.decode_kernel == "fused" or self.weights != "model"
+        reason = fused_refusal(self.model, B, MAX_TEXTS if asked else MOST_UNASKED, self.drafts)
+        if reason is not None:
+            refuse(self.decode_kernel, self.weights, reason)
+            return Kind()
+        return Kind(True, self.weights, 1 + self.drafts)
 
     def detach(self, cache):
         """Gives the cache memory of its own."""

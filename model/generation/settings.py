@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 import numpy as np
 import torch
 
+from kernels.decode import WEIGHTS
 from model.config import brief, token_list
 
 _WHOLE = (
@@ -66,6 +67,7 @@ class Settings:
     use_cache: bool = True
     cuda_graph: bool = True
     decode_kernel: str = "auto"
+    weights: str = "model"
     output_scores: bool = False
     output_logits: bool = False
     output_attentions: bool = False
@@ -98,6 +100,7 @@ class Settings:
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens >= 0, "at least 0"),
             ("decode_kernel", _is_one_of(self.decode_kernel, *DECODE_KERNELS), " or ".join(map(repr, DECODE_KERNELS))),
+            ("weights", _is_one_of(self.weights, *WEIGHTS), " or ".join(map(repr, WEIGHTS))),
             ("early_stopping", _is_one_of(self.early_stopping, True, False, "never"), 'True, False or "never"'),
             (
                 "prefix_allowed_tokens_fn",
@@ -115,6 +118,10 @@ class Settings:
             raise ValueError(
                 f"generate: num_return_sequences is {self.num_return_sequences} and num_beams {self.num_beams}; there "
                 "is one sequence for each beam, and more of them only by sampling with num_beams=1"
+            )
+        if self.weights != "model" and self.decode_kernel == "plain":
+            raise ValueError(
+                f"generate: weights={self.weights!r} is for the decode kernels; decode_kernel='plain' does without them"
             )
         outputs = [name for name in OUTPUTS if getattr(self, name)]
         if self.prompt_lookup_num_tokens and (self.do_sample or self.sliding_window or outputs):

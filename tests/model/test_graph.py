@@ -176,6 +176,26 @@ class TestTheStep:
         assert_says_the_same(model, PROMPTS, max_new_tokens=5)
         assert [graph.step.fused is not None for graph in model._graphs.kept.values()] == [True, True]
 
+    @across_lanes(lanes=("sm_80", "sm_90", "gpu"))
+    @pytest.mark.parametrize("weights", ["model", "int8"])
+    def test_drafts_verified_by_kernels_of_its_own(self, lane, monkeypatch, weights):
+        """The tokens of greedy decoding, from fewer steps, whatever the draft; texts one after the other."""
+        if lane.device == "cpu":
+            monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+            monkeypatch.setattr(graph_module, "capture", Again)
+        model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton")
+        model = spread(model, TALKATIVE).eval().to(lane.device)
+        prompts = [[5, 17, 5, 17, 5], [20, 21]]
+        options = {"output_scores": False, "max_new_tokens": 9, "weights": weights}
+        greedy = say(model, prompts, **options)
+        drafted = say(model, prompts, prompt_lookup_num_tokens=3, **options)
+        assert torch.equal(drafted.sequences, greedy.sequences)
+        if weights == "model":
+            plain = say(model, prompts, prompt_lookup_num_tokens=3, **options, cuda_graph=False)
+            assert torch.equal(drafted.sequences, plain.sequences)
+            assert drafted.forward_passes == plain.forward_passes
+        assert {key[-1] for key in model._graphs.kept} == {(True, weights, 1), (True, weights, 4)}
+
     @across_lanes(lanes=("sm_90", "gpu"))
     def test_kernels_of_its_own_see_weights_that_changed_in_place(self, lane, monkeypatch):
         """The matrices are packed, but anew for each call."""
@@ -434,7 +454,10 @@ class TestFallingBack:
         [
             ({"use_cache": False}, "use_cache=False keeps no cache"),
             ({"num_beams": 2, "output_scores": False}, "beam search reorders the cache at each step"),
-            ({"prompt_lookup_num_tokens": 3, "output_scores": False}, "prompt lookup feeds several tokens at once"),
+            (
+                {"prompt_lookup_num_tokens": 3, "output_scores": False},
+                "prompt lookup is captured by the decode kernels alone, and attention backend 'sdpa' was chosen",
+            ),
         ],
         ids=["use_cache", "beams", "lookup"],
     )
@@ -522,8 +545,8 @@ class TestFallingBack:
         (lambda model: model.set_kernel_implementation("torch"), {}, "PyTorch's operations were chosen"),
         (
             lambda model: None,
-            {"num_return_sequences": 5, "do_sample": True},
-            "there are 5 rows; at most 4 are served",
+            {"num_return_sequences": 17, "do_sample": True},
+            "there are 17 rows; at most 16 are served",
         ),
         (lambda model: None, {"cuda_graph": False}, "it is for captured steps; cuda_graph=False has none"),
         (lambda model: None, {"num_beams": 2}, "beam search reorders the cache at each step"),
@@ -532,16 +555,41 @@ class TestFallingBack:
             {},
             "a layer was replaced, or something observes it",
         ),
+        (
+            lambda model: None,
+            {"prompt_lookup_num_tokens": 17, "output_scores": False},
+            "prompt lookup is captured by the decode kernels alone, and there are 17 drafts; at most 16 are verified",
+        ),
     ],
-    ids=["attention", "kernels", "rows", "no graph", "beams", "replaced"],
+    ids=["attention", "kernels", "rows", "no graph", "beams", "replaced", "drafts"],
 )
-def test_kernels_of_its_own_that_cannot_serve_are_refused_by_name(monkeypatch, change, options, reason):
+@pytest.mark.parametrize("asked", [{"decode_kernel": "fused"}, {"weights": "int8"}], ids=["fused", "int8"])
+def test_kernels_of_its_own_that_cannot_serve_are_refused_by_name(monkeypatch, change, options, reason, asked):
     monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
     monkeypatch.setattr(graph_module, "capture", Again)
     model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton").eval()
     change(model)
-    with simulate("sm_90"), pytest.raises(ValueError, match=rf"decode_kernel='fused' cannot serve this call: {reason}"):
-        say(model, [[1, 2]], decode_kernel="fused", **options)
+    ((name, value),) = asked.items()
+    with simulate("sm_90"), pytest.raises(ValueError, match=rf"{name}='{value}' cannot serve this call: {reason}"):
+        say(model, [[1, 2]], **asked, **options)
+
+
+def test_int8_weights_are_refused_where_no_kernel_reads_them(monkeypatch):
+    model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton").eval()
+    with pytest.raises(ValueError, match=r"weights is 'int4'; it must be 'model' or 'int8'"):
+        say(model, UNIFORM, weights="int4")
+    with pytest.raises(ValueError, match=r"weights='int8' is for the decode kernels; decode_kernel='plain' does"):
+        say(model, UNIFORM, weights="int8", decode_kernel="plain")
+    with pytest.raises(ValueError, match=r"weights='int8' cannot serve this call: the model is on cpu"):
+        say(model, UNIFORM, weights="int8")
+
+    def fails(step, device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graph_module, "capture", fails)
+    with simulate("sm_90"), pytest.raises(ValueError, match=r"'int8' cannot .*its capture failed: .*out of memory"):
+        say(model, UNIFORM, weights="int8")
 
 
 @pytest.mark.parametrize("value", ["persistent", 1, True, torch.ones(1)], ids=str)
