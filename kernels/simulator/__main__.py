@@ -27,6 +27,9 @@ def _parser():
     )
     parser.add_argument("--arch", choices=CHIPS, default="sm_90", help="chip to compile for (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="run warps and blocks in the random order that this number determines")
+    parser.add_argument(
+        "--first-configuration", action="store_true", help="autotuned kernels run the first one that fits, not each"
+    )
     parser.add_argument("--report", action="store_true", help="print what each kernel did, counted, at the end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as JSON")
     parser.add_argument("script", type=Path, help="the program")
@@ -81,7 +84,7 @@ def main(arguments=None):
             gpu = stack.enter_context(simulate(options.arch, seed=options.seed))
         except SimulatorError as error:  # it names what to change
             parser.error(str(error))
-        skipped = stack.enter_context(gpu_names(options.arch))
+        skipped = stack.enter_context(gpu_names(options.arch, options.first_configuration))
         try:
             runpy.run_path(str(options.script), run_name="__main__")
         except KernelError as error:
@@ -109,6 +112,7 @@ def _finish(gpu, options, skipped, how):
     if skipped.configurations:
         _tell(
             f"{skipped.configurations} configurations of autotuned kernels were run once each; the first one was kept"
+            + (f", {skipped.left_out} were left out" if skipped.left_out else "")
         )
     _tell(f"{len(gpu.launches)} launches of {len(kernels)} kernels on a simulated {options.arch}: {how}")
 

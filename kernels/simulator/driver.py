@@ -18,6 +18,7 @@ from .errors import SimulatorError, Unimplemented
 from .machine import Launch, Program
 from .memory import GlobalMemory
 from .ptx import parse
+from .stand_ins import Event
 from .tensor_maps import TensorMap
 
 
@@ -82,6 +83,11 @@ _thread, _entering = None, threading.Lock()  # Triton has one driver for the pro
 _files = {}  # what was compiled, by the kernel's hash: {".ptx": bytes, ".cubin": bytes}
 
 
+def in_charge():
+    """The Simulation that launches go to."""
+    return _simulations[-1]
+
+
 def _keep_files(module, function, name, metadata_group, hash):
     """Triton calls this when it loads a kernel: the only place that shows a launcher its PTX."""
     paths = [Path(path) for path in metadata_group.values()]
@@ -139,7 +145,7 @@ class _Launcher:
             self._flatten(name, self._signature[name], value, tensors, values)
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        _simulations[-1].launch(self._loaded, (x, y, z), tensors, values)
+        in_charge().launch(self._loaded, (x, y, z), tensors, values)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
@@ -209,6 +215,7 @@ class SimulatorDriver(DriverBase):
             get_device_properties=lambda device=None: SimpleNamespace(
                 name=f"simulated {arch}", multi_processor_count=chip.multiprocessors, warp_size=32
             ),
+            Event=Event,
         )
 
     @classmethod

@@ -1,20 +1,17 @@
 """Lets a program that asks for "cuda" run where there is none: its tensors are made on the CPU, for `simulate`."""
 
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton.testing
 from torch.overrides import TorchFunctionMode
+from triton.runtime.autotuner import Autotuner
 
-from .driver import CHIPS, SimulatorDriver
+from .driver import CHIPS, SimulatorDriver, in_charge
+from .stand_ins import Device, Event, Generator, Stream, is_cuda, no_graphs, properties_of
 
-
-def _is_cuda(value):
-    if isinstance(value, torch.device):
-        return value.type == "cuda"
-    return isinstance(value, str) and value.partition(":")[0] == "cuda"
+_CPU = torch.device("cpu")
 
 
 class _OnTheCPU(TorchFunctionMode):
@@ -24,22 +21,29 @@ class _OnTheCPU(TorchFunctionMode):
         options = dict(options or {})
         if function == torch.Tensor.is_cuda.__get__:
             return True
-        if function is torch.Tensor.cuda:
+        if function is torch.Tensor.get_device:
+            return 0
+        if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return arguments[0]
-        if function is torch.Tensor.pin_memory or options.get("pin_memory"):
-            options.pop("pin_memory", None)
-            if function is torch.Tensor.pin_memory:
-                return arguments[0]
-        arguments = [torch.device("cpu") if _is_cuda(value) else value for value in arguments]
-        options = {name: torch.device("cpu") if _is_cuda(value) else value for name, value in options.items()}
+        if function is torch.device and arguments and is_cuda(arguments[0]):
+            return _CPU
+        if function is torch.Tensor.to and len(arguments) > 1 and type(arguments[1]) is int:  # a device by its number
+            arguments = (arguments[0], _CPU, *arguments[2:])
+        if options.get("pin_memory"):
+            options.pop("pin_memory")
+        if type(options.get("device")) is int:
+            options["device"] = _CPU
+        arguments = [_CPU if is_cuda(value) else value for value in arguments]
+        options = {name: _CPU if is_cuda(value) else value for name, value in options.items()}
         return function(*arguments, **options)
 
 
 class Skipped:
-    """What was asked for and not done, counted: times, which only a device has."""
+    """What was asked for and not done, counted: times, which only a device has. `trials`: launches of an autotuner."""
 
     def __init__(self):
-        self.benchmarks = self.configurations = 0
+        self.benchmarks = self.configurations = self.left_out = 0
+        self.trials = []
 
     def benchmark(self, function, *arguments, quantiles=None, return_mode="mean", **options):
         """Stands for triton.testing.do_bench: measures nothing, not even once."""
@@ -48,45 +52,95 @@ class Skipped:
 
     def try_configuration(self, call, quantiles=None, **options):
         """Stands for the autotuner's clock: each configuration runs once, under the checks; the first one is kept."""
+        before = len(in_charge().launches)
         call()
         self.configurations += 1
+        self.trials += in_charge().launches[before:]
         return [float(self.configurations)] * len(quantiles or [0.5])
 
 
+class _FirstConfiguration:
+    """Stands for Autotuner._bench: once a configuration of a call has run, the others are left out."""
+
+    def __init__(self, skipped):
+        self._skipped, self._bench = skipped, Autotuner._bench
+
+    def __call__(self, tuner, *arguments, config, **meta):
+        if getattr(tuner, "_served", None) is tuner.nargs:
+            self._skipped.left_out += 1
+            return [float("inf")] * 3
+        times = self._bench(tuner, *arguments, config=config, **meta)
+        if times[0] != float("inf"):  # else it did not fit the chip
+            tuner._served = tuner.nargs
+        return times
+
+
+def _tune_without_disk(tuner, key, configurations, benchmark):
+    """Stands for Autotuner.check_disk_cache: such times must not be kept for a GPU of the same architecture."""
+    benchmark()
+    return False
+
+
 @contextmanager
-def gpu_names(arch):
+def gpu_names(arch, first_configuration=False):
     """Inside, torch.cuda tells of one chip `arch`, whose tensors lie on the CPU, and Triton's benchmarks time nothing.
 
+    first_configuration: autotuned kernels run the first configuration that fits the chip, not each.
     Yields the count of what was Skipped.
     """
     chip, skipped = CHIPS[arch], Skipped()
-    properties = SimpleNamespace(
-        name=f"simulated {arch}",
-        major=chip.capability // 10,
-        minor=chip.capability % 10,
-        multi_processor_count=chip.multiprocessors,
-        total_memory=80 << 30,
-        warp_size=32,
-    )
+    properties, stream = properties_of(arch, chip), Stream()
     answers = {
         "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
-        "device": lambda device: nullcontext(),
+        "ipc_collect": lambda: None,
+        "device": Device,
+        "device_of": Device,
         "get_device_name": lambda device=None: properties.name,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
         "get_device_properties": lambda device=None: properties,
-        "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0, synchronize=lambda: None),
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "can_device_access_peer": lambda device, peer: False,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": torch.default_generator.manual_seed,
+        "CUDAGraph": no_graphs,
+        "graph": no_graphs,
+        "stream": lambda stream: nullcontext(),
+        "set_stream": lambda stream: None,
+        "Stream": Stream,
+        "Event": Event,
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+        "mem_get_info": lambda device=None: (properties.total_memory, properties.total_memory),
     }
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        answers[name] = lambda device=None: 0  # tensors lie in the CPU's memory
+    for name in ("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_accumulated_memory_stats"):
+        answers[name] = lambda device=None: None
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        for name in ("range_push", "range_pop", "mark"):
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, return_value=None))
+        for name in ("_cuda_getCurrentRawStream", "_cuda_getDevice"):  # private, and called by other people's launchers
+            stack.enter_context(mock.patch.object(torch._C, name, return_value=0, create=True))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", return_value=None))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         for name in ("do_bench", "do_bench_cudagraph"):
             stack.enter_context(mock.patch.object(triton.testing, name, skipped.benchmark))
         clock = mock.Mock(return_value=skipped.try_configuration)
         stack.enter_context(mock.patch.object(SimulatorDriver, "get_benchmarker", clock))
+        stack.enter_context(mock.patch.object(Autotuner, "check_disk_cache", _tune_without_disk))
+        if first_configuration:
+            first = _FirstConfiguration(skipped)
+            stack.enter_context(mock.patch.object(Autotuner, "_bench", lambda *a, **options: first(*a, **options)))
         stack.enter_context(_OnTheCPU())
         yield skipped

@@ -148,6 +148,7 @@ _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _LABEL = re.compile(r"^([$\w]+):\s*")
 _GUARD = re.compile(r"^@(!?)\s*([%\w$]+)\s+")
 _INTEGER = re.compile(r"^-?(0[xX][0-9a-fA-F]+|\d+)U?$")
+_DECIMAL = re.compile(r"^-?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?$")  # of double precision, as inline PTX has it
 _TABLE = re.compile(r"\.global\s+(?:\.align\s+\d+\s+)?\.[bu]8\s+([\w$]+)\[\d+\]\s*=\s*\{([^}]*)\}")
 _SPECIAL = re.compile(r"^%(n?tid|n?ctaid|n?clusterid|cluster_n?ctaid)\.[xyz]$|^%(laneid|n?warpid|n?smid|clock(64)?)$")
 
@@ -305,6 +306,8 @@ class _Body:
             return Immediate(int(text[2:], 16), 32)
         if re.match(r"0[dD][0-9a-fA-F]{16}$", text):
             return Immediate(int(text[2:], 16), 64)
+        if _DECIMAL.match(text):
+            return Immediate(int(np.float64(text).view(np.uint64)), 64)
         if _SPECIAL.match(text):
             return Special(text[1:])
         for scope in reversed(self.scopes):

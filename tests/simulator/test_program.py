@@ -89,6 +89,41 @@ def test_a_program_written_for_a_gpu_runs_and_is_counted(run, tmp_path):
     assert f"{3 * 2 * 100 * 4:,}" in done.stderr
 
 
+ASKING = """
+import torch, triton
+cuda = torch.cuda
+torch.manual_seed(0), cuda.manual_seed_all(1), torch.set_default_device("cuda")
+x = torch.randn(4, generator=torch.Generator(device="cuda").manual_seed(1)).to(0).cuda(0).to(torch.device("cuda", 0))
+assert isinstance(torch.default_generator, torch.Generator) and x.get_device() == 0 and x.is_cuda
+start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+with cuda.stream(cuda.Stream()), cuda.device(x.device.index), cuda.device_of(x):
+    start.record(), end.record(cuda.current_stream()), cuda.synchronize()
+x.record_stream(cuda.default_stream())
+cuda.reset_peak_memory_stats(), cuda.set_rng_state(cuda.get_rng_state()), cuda.nvtx.range_push("x")
+chip, more = cuda.get_device_properties("cuda"), triton.runtime.driver.active.utils.get_device_properties(0)
+assert chip.shared_memory_per_block_optin == more["max_shared_mem"] and chip.multi_processor_count == 84
+print(start.elapsed_time(end), cuda.max_memory_allocated(), cuda.is_bf16_supported(), chip.L2_cache_size)
+cuda.CUDAGraph()
+"""
+
+
+def test_what_programs_ask_of_torch_cuda_has_an_answer(run):
+    done = run(ASKING, "--arch", "sm_86")
+    assert done.stdout == "nan 0 True 6291456\n"
+    assert "SimulatorError: torch.cuda.CUDAGraph: the simulator captures nothing" in done.stderr
+    assert done.returncode == 1
+
+
+def test_an_autotuner_keeps_no_times_on_disk_and_may_run_one_configuration(run):
+    """A cached choice would be read on a GPU of that architecture; and once it was cached, nothing was tried again."""
+    program = GOOD.replace('key=["n"]', 'key=["n"], cache_results=True')
+    for _ in range(2):
+        assert "2 configurations of autotuned kernels were run once each" in run(program, "--arch", "sm_80").stderr
+    done = run(program, "--arch", "sm_80", "--first-configuration")
+    assert "1 configurations of autotuned kernels were run once each; the first one was kept, 1 were" in done.stderr
+    assert done.stderr.endswith("3 launches of 2 kernels on a simulated sm_80: no fault\n")
+
+
 @pytest.mark.parametrize(
     ("launch", "status", "words"),
     [

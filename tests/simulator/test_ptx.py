@@ -28,6 +28,8 @@ def test_operands():
     assert isinstance(address, Address)
     assert (address.base.name, address.offset) == ("%rd4", -8)
     assert only("mov.b32 %r1, 0f3F800000;").operands[1] == Immediate(0x3F800000, 32)
+    for text in ("15.", "1.5e1", "150e-1"):  # inline PTX of other people's kernels
+        assert only(f"setp.gt.f32 %p1, %r1, {text};").operands[2] == Immediate(0x402E000000000000, 64)
     assert only("mov.b32 %r1, -0x10;").operands[1] == Immediate(-16)
     assert only("mov.u32 %r1, %ctaid.y;").operands[1] == Special("ctaid.y")
     assert isinstance(only("setp.eq.s32 %p1|%p2, %r1, 0;").operands[0], Pair)
