@@ -3,10 +3,13 @@
 python -m model.evaluate book.txt --model gpt2                     # loss and perplexity
 python -m model.evaluate book.txt --model out/tiny --stride 64 --json
 python -m model.evaluate lines.txt --last-word                     # accuracy, as LAMBADA is scored
+python -m model.evaluate book.txt --model gpt2 --weights int8      # what generate(weights="int8") would make of it
 
 Each token but the first is predicted once: with a stride S, windows of T tokens begin every S tokens, and of each only
 what no earlier one has predicted counts. All but the first T then have at least T - S tokens before them; T - 1 is the
-fastest stride and the harshest. Perplexity is per token; bits per byte compares vocabularies.
+fastest stride and the harshest. Perplexity is per token; bits per byte compares vocabularies. With --weights int8 the
+matrices are what the decode kernels' integers stand for, and the error that this makes in each layer's products, on the
+first window of the text and in float64, is told before the result.
 """
 
 import argparse
@@ -18,9 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from kernels.decode import WEIGHTS
 from model import GPT2
 from model.__main__ import device_of, reach, tokenizer_of
 from model.attention.outside import add_import_option
+from model.generation.rounded import product_errors, rounded
 from model.terminal import one_line
 
 
@@ -35,6 +40,7 @@ def main(arguments=None):
     parser.add_argument("--stride", type=int, metavar="S", help="tokens between windows (default: half of T)")
     parser.add_argument("--last-word", action="store_true", help="the last word of each line instead")
     parser.add_argument("--attn", default="auto", help="attention backend (default: auto)")
+    parser.add_argument("--weights", choices=WEIGHTS, default="model", help="(default: model)")
     add_import_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: the checkpoint's)")
@@ -48,6 +54,13 @@ def main(arguments=None):
         dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
         model = GPT2.from_pretrained(options.model, attn_implementation=options.attn, dtype=dtype).to(device)
         tokenizer = tokenizer_of(options.model, model)
+        layers = []
+        if options.weights == "int8":
+            first = tokenizer.encode_ordinary(text)[: model.config.n_positions]
+            if not first:
+                raise ValueError("--weights int8: the text has 0 tokens; the layers' errors need one")
+            layers = product_errors(model, torch.tensor([first], device=model.device))
+            model = rounded(model)
         if options.last_word:
             result = last_word_accuracy(model, tokenizer, text.splitlines(), progress=not options.json)
         else:
@@ -57,6 +70,11 @@ def main(arguments=None):
     except (OSError, ValueError) as error:
         print(one_line("model.evaluate", error), file=sys.stderr)
         return 2
+    if options.json and layers:
+        result["layers"] = layers
+    for errors in layers if not options.json else ():
+        told = ", ".join(f"{name} {value:.2e}" for name, value in errors.items() if name != "layer")
+        print(f"layer {errors['layer']}: error of products in int8: {told}")
     print(json.dumps(result) if options.json else ", ".join(f"{name} {value:.6g}" for name, value in result.items()))
     return 0
 

@@ -61,7 +61,8 @@ def _is_plain(part):
     return is_plain(*part)
 
 
-def _matrices(block):
+def matrices(block):
+    """The four linear layers of a block: qkv, out, fc, proj."""
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
@@ -74,7 +75,7 @@ class FusedStep:
     def __init__(self, model, B, capacity, T=1, weights="model"):
         self.model, config = model, model.config
         transformer = model.transformer
-        self.sources = [matrix for block in transformer.h for matrix in _matrices(block)]
+        self.sources = [matrix for block in transformer.h for matrix in matrices(block)]
         self.packed = [pack(matrix.out_in(), weights) for matrix in self.sources]
         self.head = Packed(model.lm_head.weight)
         if weights == "int8":
@@ -83,7 +84,7 @@ class FusedStep:
             self.packed.append(self.head)
         self.layers = []
         for i, block in enumerate(transformer.h):
-            pairs = [(self.packed[4 * i + j], linear.bias) for j, linear in enumerate(_matrices(block))]
+            pairs = [(self.packed[4 * i + j], linear.bias) for j, linear in enumerate(matrices(block))]
             ln_1, ln_2 = ((norm.weight, norm.bias) for norm in (block.ln_1, block.ln_2))
             self.layers.append((ln_1, *pairs[:2], ln_2, *pairs[2:]))
         self.scales = [block.attn.scale for block in transformer.h]

@@ -16,6 +16,7 @@ from kernels.simulator import simulate
 from model import GPT2, GPT2Config
 from model.cache import KVCache
 from model.generation.fused import MAX_TEXTS, FusedStep
+from model.generation.rounded import rounded
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CAPACITY = 2 * SPLIT
@@ -113,17 +114,6 @@ def test_a_row_depends_on_neither_the_batch_nor_the_capacity(lane, dtype):
     assert torch.equal(together[1:2], alone)
     full = by_kernels(model, [2] * MAX_TEXTS, held_cache(model, [7] * MAX_TEXTS), [7] * MAX_TEXTS)
     assert torch.equal(full, alone.expand_as(full))
-
-
-def rounded(model):
-    """The model with the weights that its int8 ones stand for; the embedding keeps its own."""
-    model = copy.deepcopy(model)
-    head = model.lm_head.weight
-    model.lm_head.weight = torch.nn.Parameter(from_int8(*to_int8(head)).to(head.dtype))
-    for block in model.transformer.h:
-        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            linear.weight.data = from_int8(*to_int8(linear.weight.t())).t().to(head.dtype)
-    return model
 
 
 @across_lanes(F32, F16, BF16, lanes=("sm_90", "gpu"))

@@ -10,6 +10,7 @@ from peers import TALKATIVE, spread, tiny_config
 
 from model import GPT2
 from model.evaluate import last_word_accuracy, main, perplexity
+from model.generation.rounded import product_errors, rounded
 from tokenizer import GPT2Tokenizer
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 3
@@ -89,6 +90,49 @@ def test_the_command(directory, model, tokenizer, tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out.startswith("accuracy ")
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """A model of letters, trained on a text that repeats itself with other numbers: far better than chance."""
+    torch.manual_seed(0)
+    digits = torch.randint(10, (300,)).tolist()
+    ids = torch.tensor([b for d in digits for b in f"{d}+{9 - d}=nine; ".encode()])
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    config = tiny_config(n_layer=2, n_embd=32, n_head=2, vocab_size=128, n_positions=32, **dropout)
+    model = GPT2(config, attn_implementation="sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        starts = torch.randint(len(ids) - 640 - 32, (8,))
+        batch = torch.stack([ids[i : i + 32] for i in starts])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), ids[-640:].unfold(0, 32, 32)
+
+
+def test_int8_weights_keep_the_perplexity_of_a_trained_model(trained):
+    model, held_out = trained
+    with torch.no_grad():
+        before, after = (float(m(held_out, labels=held_out).loss) for m in (model, rounded(model)))
+    assert before < 1.0  # nats a letter; 4.9 is chance
+    assert math.exp(after - before) == pytest.approx(1, abs=0.01)
+    errors = product_errors(model, held_out)
+    assert [set(layer) for layer in errors] == [{"layer", "qkv", "out", "fc", "proj"}] * 2 + [{"layer", "head"}]
+    assert all(0 < error < 0.02 for layer in errors for name, error in layer.items() if name != "layer")
+
+
+def test_the_command_tells_the_error_of_each_layer(directory, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = [str(tmp_path / "text.txt"), "--model", directory, "--weights", "int8"]
+    assert main(given) == 0
+    *layers, result = capsys.readouterr().out.splitlines()
+    assert layers[0].startswith("layer 0: error of products in int8: qkv ")
+    assert layers[-1].startswith("layer head: error of products in int8: head ")
+    assert main([*given, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert f"perplexity {told['perplexity']:.6g}" in result
+    assert [layer["layer"] for layer in told["layers"]] == [*range(len(layers) - 1), "head"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -97,6 +141,7 @@ def test_the_command(directory, model, tokenizer, tmp_path, capsys, monkeypatch)
         (("text.txt", "--stride", "32"), "stride is 32"),
         (("text.txt", "--seq-len", "33"), "windows of 33 tokens; 2 to n_positions = 32"),
         (("empty.txt",), "the text has 0 tokens"),
+        (("empty.txt", "--weights", "int8"), "the text has 0 tokens; the layers' errors need one"),
         (("empty.txt", "--last-word"), "no line has two words"),
     ],
     ids=str,
