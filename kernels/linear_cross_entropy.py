@@ -105,7 +105,8 @@ def _chunked(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows
     buffer = empty_aligned(min(M, chunk_rows), V, x)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     dx = torch.empty((M, C) if wants_dx else 0, dtype=x.dtype, device=x.device)
-    dweight = torch.zeros((V, C) if wants_dweight else 0, dtype=torch.float32, device=x.device)
+    begun = torch.empty if M else torch.zeros  # the first chunk writes, the others add
+    dweight = begun((V, C) if wants_dweight else 0, dtype=torch.float32, device=x.device)
     dbias = torch.zeros(V if wants_dbias else 0, dtype=torch.float32, device=x.device)
     with without_autocast(x):
         counts = counts_of(target, class_weight, V, options.ignore_index, reduction)
@@ -123,7 +124,7 @@ def _chunked(x, weight, bias, target, class_weight, dloss, reduction, chunk_rows
             if wants_dx:
                 vocabulary_gradient(logits, weight, dx[chunk])
             if wants_dweight:
-                vocabulary_weight_gradient(logits, x[chunk], dweight)
+                vocabulary_weight_gradient(logits, x[chunk], dweight, beta=float(start > 0))
             if wants_dbias:
                 dbias += logits.sum(0, dtype=torch.float32)
         loss = losses if reduction == "none" else reduce(losses, counts)

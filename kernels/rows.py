@@ -140,16 +140,19 @@ def vocabulary_gradient(dlogits, weight, dx):
     return dx
 
 
-def vocabulary_weight_gradient(dlogits, x, total):
-    """total [V, C] fp32 += dlogits^T [V, M] x [M, C], summed in fp32 whatever their dtype."""
+def vocabulary_weight_gradient(dlogits, x, total, beta=1.0):
+    """total [V, C] fp32 = beta total + dlogits^T [V, M] x [M, C], summed in fp32 whatever their dtype.
+
+    With a beta of 0 total need hold nothing and is not read.
+    """
     for columns in vocabulary_parts(dlogits):
         part, g = total[columns], dlogits[:, columns].T
         if x.dtype == torch.float32:
-            part.addmm_(g, x)
+            part.addmm_(g, x, beta=beta)
         elif x.is_cuda:
-            torch.addmm(part, g, x, out_dtype=torch.float32, out=part)
+            torch.addmm(part, g, x, beta=beta, out_dtype=torch.float32, out=part)
         else:
-            part.addmm_(g.float(), x.float())
+            part.addmm_(g.float(), x.float(), beta=beta)
 
 
 def vocabulary_parts(logits):

@@ -24,7 +24,8 @@ boundary at which anybody may look.
 
 Saved are y, qkv, o, y2, x2, h, g, x3 (17 C a row) and the statistics, as the modules save them.
 
-Under autocast x and the weights are fp32 and all else is of autocast's dtype; autograd casts the gradients of weights.
+Under autocast x and the weights are fp32 and all else is of autocast's dtype. The gradients of matrices are then the
+fp32 sums of their products, which modules round to two bytes first; that of ba autograd casts.
 
 Each launch is worked out once for a geometry and bound. Who must see a module or an operation gets it: blocks.py.
 """
@@ -44,6 +45,7 @@ from kernels.layer_norm import _backward_config, _programs
 from kernels.layer_norm import _launch_backward_in_one as _launch_norm_backward
 from kernels.layer_norm import _launch_forward_in_one as _launch_norm
 from kernels.layer_norm import _launch_weight_gradients_in_one as _launch_weight_gradients
+from kernels.library import without_autocast
 from kernels.rows import PARTIAL_ROWS, _launch_column_sums, even_rows
 
 
@@ -153,12 +155,23 @@ def forward(x, y, weights, numbers, launches, attend, saved):
     return x3, y3
 
 
-def _linear_backward(d, x, weight, needs_x, needs_weight):
-    """(dx, dweight) of x weight + bias, from d [M, N] and x [M, K]; None for what is not needed."""
+def _linear_backward(d, x, weight, dtype, needs_x, needs_weight):
+    """(dx, dweight) of x weight + bias, from d [M, N] and x [M, K]; None for what is not needed. dtype: of dweight."""
     dx = torch.mm(d, weight.t()) if needs_x else None
     if needs_x and dx.dtype is not d.dtype:  # backward under autocast, where autograd casts what it hands on
         dx = dx.to(d.dtype)
-    return dx, torch.mm(x.t(), d) if needs_weight else None
+    return dx, _weight_gradient(d, x, dtype) if needs_weight else None
+
+
+def _weight_gradient(d, x, dtype):
+    """x^T d in the weight's own dtype: under autocast the product's fp32 sums, which no rounding to two bytes and no
+    pass that undoes it come between."""
+    if dtype is d.dtype:
+        return torch.mm(x.t(), d)
+    if x.is_cuda:
+        return torch.mm(x.t(), d, out_dtype=dtype)
+    with without_autocast(x):
+        return torch.mm(x.t().to(dtype), d.to(dtype))
 
 
 class BlockFunction(torch.autograd.Function):
@@ -169,7 +182,7 @@ class BlockFunction(torch.autograd.Function):
         saved = []
         outputs = forward(x, y, weights, numbers, launches, attend, saved)
         ctx.save_for_backward(*saved)
-        ctx.launches = launches
+        ctx.launches, ctx.dtypes = launches, [weight.dtype for weight in weights]
         ctx.set_materialize_grads(False)  # where only y3 is used, no zeros are read for x3
         return outputs
 
@@ -190,22 +203,22 @@ class BlockFunction(torch.autograd.Function):
         launch = launches.dnorm3_alone if dx is None else launches.dnorm3
         dx2 = torch.empty_like(x2)
         d, *grads[10:], grads[9] = launch(dy.view(y.shape), dx, dx2, x3, w3, stats3, mlp_seed)
-        d, grads[8] = _linear_backward(d, g, Wm, needs_gelu, needs[8])  # [M, N]
+        d, grads[8] = _linear_backward(d, g, Wm, ctx.dtypes[8], needs_gelu, needs[8])  # [M, N]
         if needs_gelu:
             dh, partial = torch.empty_like(h), stats3.new_empty((1, launches.programs, h.shape[1]))
             grads[7] = torch.empty_like(bf)
             launches.dgelu(d, h, bf, dh, partial)
             launches.gelu_sums(partial, grads[7])
-            d, grads[6] = _linear_backward(dh, y2, Wf, needs_ln_2, needs[6])  # [M, C]
+            d, grads[6] = _linear_backward(dh, y2, Wf, ctx.dtypes[6], needs_ln_2, needs[6])  # [M, C]
         if needs_ln_2:
             dx = torch.empty_like(x3)
             d, *grads[4:6], grads[3] = launches.dnorm2(d, dx2, dx, x2, w2, stats2, resid_seed)
-            d, grads[2] = _linear_backward(d.view(y.shape), o, Wp, needs_qkv, needs[2])
+            d, grads[2] = _linear_backward(d.view(y.shape), o, Wp, ctx.dtypes[2], needs_qkv, needs[2])
         if needs_qkv:
             dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
             tail = lse, delta, kv_start, kv_end, None, attn_seed
             launches.dq(qkv, qkv, qkv, o, d, dqkv, *tail)
             launches.dkdv(qkv, qkv, qkv, d, dqkv, dqkv, *tail)
             grads[1] = dqkv.sum(0, dtype=dqkv.dtype) if needs[1] else None  # autocast sums to fp32
-            d, grads[0] = _linear_backward(dqkv, y, Wa, needs_y, needs[0])
+            d, grads[0] = _linear_backward(dqkv, y, Wa, ctx.dtypes[0], needs_y, needs[0])
         return dx if needs_x else None, d.view(x3.shape) if needs_y else None, None, None, None, *grads
