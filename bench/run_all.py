@@ -33,6 +33,7 @@ from bench.lib.stages import NAMES, OK, STAGES, Visit, load_outcomes, run, save_
 
 RESERVE_S = 15  # for the report
 PACK_EVERY_S = 10
+PATIENCE = 3  # a rehearsal measures nothing, and may share its cores with others
 FREE_GIB = 12  # what the largest case takes, with room for the workers of the tests
 SAME = ("commit", "sources", "device", "torch", "triton")  # in what is gone on with
 
@@ -144,7 +145,7 @@ def visit(args, work, environment, outcomes, began):
         quick=args.quick,
         resume=args.resume is not None,
         stand_in=args.rehearse,
-        share=args.minutes / 9,
+        share=args.minutes / 9 * (PATIENCE if args.rehearse else 1),
         commit=args.commit,
         workers=1 if args.rehearse else max(1, min(16, len(os.sched_getaffinity(0)))),
         names=tuple(stage.name for stage in todo),

@@ -48,9 +48,9 @@ class Stage:
             return list(self.arguments)
         words = []
         for word in self.arguments:
-            # The interpreter has no bf16; lengths become one short one.
-            word = "17" if word.isdigit() and int(word) > 256 else word.replace("bfloat16", "float16")
-            words += [word] if words[-1:] != [word] else []
+            # The interpreter has no bf16; of several numbers the first stays, and a length becomes a short one.
+            if not (word.isdigit() and words[-1].isdigit()):
+                words.append("17" if word.isdigit() and int(word) > 256 else word.replace("bfloat16", "float16"))
         return [*words, *(["--heads", "2"] if self.module == "bench.attention_sweep" else [])]
 
 

@@ -99,6 +99,7 @@ CUDA = {
     "memory_allocated": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 2**20,
     "manual_seed_all": lambda seed: None,
+    "is_current_stream_capturing": lambda: False,
     "device": lambda device=None: nullcontext(),
     "stream": lambda stream=None: nullcontext(),
     "current_stream": lambda device=None: _Stream(device),
@@ -158,7 +159,7 @@ def _shrink():
     tiny = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 97, "n_positions": 1024}
     PRESETS |= dict.fromkeys(PRESETS, tiny)
     tune.TOKENS, tune.ODD_T, tune.WIDTH = 17, 5, 64
-    tune.TILES, tune.WARPS, tune.STAGES = {2: (32, 64)}, (4,), (2,)
+    tune.TILES, tune.WARPS, tune.STAGES = {2: (64,)}, (4,), (1, 2)
     tune.FINALISTS, tune.MINUTE_S = 1, 600.0
     training_sweep.QUICK["cuda"] = ((1,), (16,))
     model_sweep.QUICK["cuda"] = {"training": ((1,), (16,)), "decoding": ((1,), (16,)), "inference": ((1, 2), (16,))}

@@ -1,6 +1,7 @@
 """Calls as in transformers: pairs, truncation with overflow, padding, masks, offsets; every option, the same result."""
 
 import copy
+import importlib.metadata
 import itertools
 import pickle
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from optional import transformers
+from packaging.version import Version
 
 from tokenizer import GPT2Tokenizer
 
@@ -32,9 +34,17 @@ def as_lists(encoding):
     }
 
 
+@pytest.fixture
+def chunks():
+    """Skips where the peer's own chunks are missing."""
+    if Version(importlib.metadata.version("tokenizers")) < Version("0.23.3"):
+        pytest.skip("tokenizers before 0.23.3 loses what overflows")
+
+
 EXTRAS = {"return_token_type_ids": True, "return_special_tokens_mask": True, "return_length": True}
 
 
+@pytest.mark.usefixtures("peer", "chunks")
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("truncation_side", ["right", "left"])
 def test_pairs_truncation_and_padding(truncation_side, padding_side, ours, peer, monkeypatch):
@@ -61,6 +71,7 @@ def test_pairs_truncation_and_padding(truncation_side, padding_side, ours, peer,
     assert compared > 100
 
 
+@pytest.mark.usefixtures("peer", "chunks")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pair", [None, "x y z", "h i j k l m"], ids=["alone", "pair", "long pair"])
 def test_overflow_comes_in_chunks_that_overlap_by_the_stride(side, pair, ours, peer, monkeypatch):
