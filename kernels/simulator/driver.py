@@ -1,5 +1,6 @@
 """A Triton driver whose device is the simulator, and `simulate`, which installs it for a while."""
 
+import math
 import os
 import threading
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver as triton_driver
 
-from .errors import SimulatorError, Unimplemented
+from .dependent import Stream
+from .errors import GridTooLarge, SimulatorError, Unimplemented
 from .machine import Launch, Program
 from .memory import GlobalMemory
 from .ptx import parse
@@ -29,13 +31,15 @@ class Chip:
     capability: int
     multiprocessors: int
     shared_memory: int
+    threads: int  # of one multiprocessor
+    blocks: int
 
 
 CHIPS = {
-    "sm_80": Chip(80, 108, 166912),
-    "sm_86": Chip(86, 84, 101376),
-    "sm_89": Chip(89, 128, 101376),
-    "sm_90": Chip(90, 132, 232448),
+    "sm_80": Chip(80, 108, 166912, 2048, 32),
+    "sm_86": Chip(86, 84, 101376, 1536, 16),
+    "sm_89": Chip(89, 128, 101376, 1536, 24),
+    "sm_90": Chip(90, 132, 232448, 2048, 32),
 }
 
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)  # along a grid's x, y and z
@@ -50,11 +54,14 @@ class Simulation:
     def __init__(self, arch, seed=None, transform=None):
         self.arch, self.chip = arch, CHIPS[arch]
         self.launches = []
+        self._stream = Stream()
         self._schedule = None if seed is None else np.random.default_rng(seed)
         self._transform = transform
 
     def launch(self, loaded, grid, tensors, arguments):
         """Runs a loaded kernel. tensors: {name: tensor}; arguments: a tensor or a number for each parameter."""
+        if loaded.is_cooperative:
+            self._refuse_grid(loaded, grid)
         for size, most, axis in zip(grid, MOST_BLOCKS, "xyz"):
             if size > most:
                 raise SimulatorError(
@@ -64,11 +71,27 @@ class Simulation:
         memory = GlobalMemory(tensors, program.kernel.tables)
         values = [_placed(a, memory) for a in arguments]
         values += [0] * (len(program.kernel.parameters) - len(values))  # scratch pointers, unused
-        launch = Launch(program, grid, values, memory, self._schedule)
+        how = {"stream": self._stream, "dependent": loaded.is_dependent, "together": loaded.is_cooperative}
+        launch = Launch(program, grid, values, memory, self._schedule, **how)
         launch.run()
         memory.write_back()
         launch.memory, launch.cubin = None, loaded.cubin
         self.launches.append(launch)
+
+    def _refuse_grid(self, loaded, grid):
+        """GridTooLarge if the chip cannot hold all blocks at a time, which a cooperative launch requires."""
+        chip, threads = self.chip, 32 * loaded.num_warps
+        registers = -(-loaded.registers // 8) * 8 * threads
+        limits = (chip.blocks, chip.threads // threads, 65536 // max(registers, 1))
+        held = chip.multiprocessors * min(*limits, (chip.shared_memory + 1024) // (loaded.shared + 1024))
+        blocks = math.prod(grid)
+        if blocks > held:
+            error = GridTooLarge(
+                f"a cooperative grid of {blocks} blocks; {self.arch} holds {held} of them at a time, each of "
+                f"{loaded.num_warps} warps, {loaded.registers} registers and {loaded.shared} bytes of shared memory"
+            )
+            error.kernel = loaded.name
+            raise error
 
 
 def _placed(argument, memory):
@@ -113,7 +136,11 @@ class _Loaded:
         self.name, self.shared = metadata.name, metadata.shared
         # Triton 3.6 leaves this fence out everywhere; later versions write it.
         self.copies_need_fence = not metadata.triton_version.startswith("3.6.")
+        self.num_warps = metadata.num_warps
+        self.is_dependent = bool(getattr(metadata, "launch_pdl", False))
+        self.is_cooperative = bool(getattr(metadata, "launch_cooperative_grid", False))
         self.text, self.cubin = _files[metadata.hash][".ptx"].decode(), _files[metadata.hash][".cubin"]
+        self.registers = _registers(self.cubin)
         self._programs = {}
 
     def program(self, transform):

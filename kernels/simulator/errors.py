@@ -48,6 +48,18 @@ class GlobalMemoryRace(KernelError):
     """Two warps touch the same global memory, one of them with an ordinary store, and nothing orders the two."""
 
 
+class DependentLaunchRace(GlobalMemoryRace):
+    """A kernel launched ahead touches, before its wait, what a kernel before it wrote, or writes what that one read."""
+
+
+class EndlessWait(KernelError):
+    """Blocks go on and on: they wait for what nobody will write."""
+
+
+class GridTooLarge(KernelError):
+    """A cooperative grid has more blocks than the chip holds at a time."""
+
+
 class BarrierDeadlock(KernelError):
     """Threads wait at a barrier that the others of their block never reach."""
 

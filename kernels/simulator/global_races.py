@@ -25,7 +25,7 @@ from .ptx import TYPES, Vector
 
 # A stamp is clock << 44 | who << 20 | instruction; 0: nobody.
 _WHO_SHIFT, _CLOCK_SHIFT = 20, 44
-_INSTRUCTION = (1 << _WHO_SHIFT) - 1
+INSTRUCTION = (1 << _WHO_SHIFT) - 1
 _WHO = (1 << _CLOCK_SHIFT - _WHO_SHIFT) - 1
 STRONG = ("volatile", "relaxed", "acquire", "release")  # such loads and stores are atomic
 _CROWD = 1 << 62  # warps of several blocks read: `_Crowd` knows which and when
@@ -64,7 +64,7 @@ class GlobalRaces:
     """Watches the global memory of one launch."""
 
     def __init__(self, launch):
-        program = launch.program
+        program, self.dependence = launch.program, launch.dependence
         self._kernel, self._memory, self._grid = program.kernel, launch.memory, launch.grid
         self._warps, blocks = launch.num_warps, int(np.prod(launch.grid))
         self._total = blocks * self._warps
@@ -102,8 +102,14 @@ class GlobalRaces:
 
     # What the machine reports
 
+    @property
+    def written(self):
+        """The stamp of each granule's last ordinary store, 0 where there was none."""
+        return self._written
+
     def read_by(self, team, inst, offsets, size, threads=None):
         """Threads read: raises GlobalMemoryRace where a store that does not come before wrote."""
+        self._look(team, inst, offsets, size, threads, reads=True)
         if inst.index in self._watched and self._has_stores:
             me = self._who(team, threads)
             idle = inst.index in self._only_stored
@@ -112,6 +118,7 @@ class GlobalRaces:
 
     def atomic_by(self, team, inst, offsets, size, threads):
         """Threads read, write or both, atomically; by its memory order the instruction also acquires and releases."""
+        self._look(team, inst, offsets, size, threads, reads=inst.opcode != "st", writes=inst.opcode != "ld")
         if not self._has_stores:
             return
         me = self._who(team, threads)
@@ -126,6 +133,7 @@ class GlobalRaces:
         """Threads write `values` (uint8, a row per access): raises GlobalMemoryRace where another access is not
         ordered. Warps of one block may write the same bytes: Triton does so where a layout holds copies.
         """
+        self._look(team, inst, offsets, size, threads, writes=True)
         me = self._who(team, threads)
         if inst.index in self._their_stores:
             self._store_values_of_loads(inst, me)
@@ -144,6 +152,7 @@ class GlobalRaces:
 
     def barrier(self, blocks):
         """All warps of these blocks (their numbers in the grid) have met."""
+        self.dependence.barrier(blocks)
         clock = self._clock.reshape(-1, self._warps)
         now = clock[blocks].max(1) + 1
         clock[blocks] = now[:, None]
@@ -153,6 +162,11 @@ class GlobalRaces:
             known = [self._known[warp] for warp in warps if warp in self._known]
             if known:
                 self._known |= dict.fromkeys(warps, np.maximum.reduce(known))
+
+    def wait(self, team):
+        """The active warps have waited for the kernels before."""
+        active = slice(None) if team.mask is None else team.mask.reshape(-1, 32).any(1)
+        self.dependence.wait((team.batch.block_ids[team.block] * self._warps + team.warp)[active])
 
     def fence(self, team):
         """The active warps order what they did before with what they do after."""
@@ -164,6 +178,12 @@ class GlobalRaces:
             if seen is not None:
                 _learn(self._known, warp, seen)
             self._at_fence[warp] = self._release(warp)
+
+    def _look(self, team, inst, offsets, size, threads, *, reads=False, writes=False):
+        """Tells the launch's Dependence, if it has to know."""
+        if self.dependence.matters:
+            me = self._who(team, threads)
+            self.dependence.look(team, inst, me, offsets, size, threads, reads=reads, writes=writes)
 
     # Order
 
@@ -349,7 +369,7 @@ class GlobalRaces:
                 if verb == "reads":
                     self._keep(fault, int(me[at]), inst.index)
                 else:
-                    self._keep(fault, (stamp >> _WHO_SHIFT) & _WHO, stamp & _INSTRUCTION)
+                    self._keep(fault, (stamp >> _WHO_SHIFT) & _WHO, stamp & INSTRUCTION)
 
     def _fault(self, team, stamp, verb, did, at, threads, offset):
         who = (stamp >> _WHO_SHIFT) & _WHO
@@ -357,7 +377,7 @@ class GlobalRaces:
         x, y, _ = self._grid
         where = (block % x, block // x % y, block // (x * y))
         whose = f"warp {who % self._warps}" if who < self._total else "several warps"
-        other = self._kernel.instructions[stamp & _INSTRUCTION]
+        other = self._kernel.instructions[stamp & INSTRUCTION]
         what = (
             f"global-memory race: {verb} {self._memory.describe(offset)}, which {whose} of block {where} {did}, and "
             f"nothing orders the two: `{other.text}` at {self._kernel.where(other)}"
@@ -390,7 +410,7 @@ class _Crowd:
         for row, block, when in zip(rows[~single], who[~single] - self._total, clock[~single]):
             part = self._clocks[row, block * self._warps : (block + 1) * self._warps]
             np.maximum(part, when, out=part)
-        self._instruction.update(zip(rows.tolist(), (stamps & _INSTRUCTION).tolist()))
+        self._instruction.update(zip(rows.tolist(), (stamps & INSTRUCTION).tolist()))
 
     def _row_of(self, cell):
         if cell not in self._row:

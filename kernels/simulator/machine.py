@@ -9,7 +9,8 @@ import numpy as np
 
 from .control_flow import indices, live_registers, stretch_ends
 from .counters import Counters
-from .errors import AsyncHazard, BarrierDeadlock, KernelError
+from .dependent import Stream
+from .errors import AsyncHazard, BarrierDeadlock, EndlessWait, KernelError
 from .global_races import GlobalRaces, global_accesses, granule_of
 from .instructions import decode
 from .mbarriers import Mbarriers, Wait
@@ -20,6 +21,7 @@ from .races import RaceDetector
 from .team import Team
 
 MOST_TURNS = 1000  # of a batch's teams, see team.TURN: a million loop iterations
+GROUPS = 8  # into which a schedule divides the blocks of a cooperative grid
 THREADS_PER_BATCH = 8192  # as many as fit a core's second-level cache with their live registers
 
 
@@ -72,7 +74,10 @@ def _argument(value, dtype):
 class Launch:
     """One kernel launch: `kernel` (name), `grid`, `num_warps`, `shared` (bytes) and, after `run`, `counters`."""
 
-    def __init__(self, program, grid, arguments, memory, schedule=None):
+    def __init__(
+        self, program, grid, arguments, memory, schedule=None, *, stream=None, dependent=False, together=False
+    ):
+        """stream: of the launches before. dependent: does not wait for them. together: all blocks run at a time."""
         self.kernel, self.grid = program.kernel.name, tuple(grid)
         self.num_warps, self.shared = -(-program.kernel.block_size // 32), program.shared_bytes
         self.program, self.memory, self.schedule = program, memory, schedule
@@ -80,6 +85,8 @@ class Launch:
         self.arguments = {p.name: _argument(a, TYPES[p.type]) for p, a in pairs if p.type != "map"}
         self.maps = [a for p, a in pairs if p.type == "map"]
         self.counters = Counters(program.kernel)
+        self.stream, self.together = stream or Stream(), together
+        self.dependence = self.stream.begin(self, dependent)
 
     def run(self):
         self.global_races = GlobalRaces(self)
@@ -88,10 +95,13 @@ class Launch:
         if self.schedule is not None:
             order = self.schedule.permutation(order)
         per_batch = max(THREADS_PER_BATCH // (32 * self.num_warps), 1)
+        if self.together:
+            per_batch = max(len(order), 1)
         with np.errstate(all="ignore"):
             for start in range(0, len(order), per_batch):
                 _Batch(self, order[start : start + per_batch]).run()
-        self.global_races = None
+        self.stream.end(self.dependence)
+        self.global_races = self.dependence = None
         return self
 
 
@@ -110,18 +120,25 @@ class _Batch:
         self.arrived = np.zeros((blocks, 16), np.int64)
         self.generation = np.zeros((blocks, 16), np.int64)
         self.teams = [Team(self, np.repeat(np.arange(blocks), warps), np.tile(np.arange(warps), blocks))]
+        self._group = None  # of each block, where a schedule lets some of them fall behind
         if launch.schedule is not None:
             self.teams = self.teams[0].by_warp()
+            if launch.together:
+                self._group = launch.schedule.permutation(np.arange(blocks) % GROUPS)
+                groups = [self._group == i for i in range(min(blocks, GROUPS))]
+                self.teams = [team.part(group[team.block], 0) for team in self.teams for group in groups]
         self._turns = 0
         self._meetings = {}  # (instruction, warpgroup, blocks) -> teams that wait there for the rest of the warpgroup
 
     def run(self):
+        progress = False
         while self.teams:
             teams, self.teams = self.teams, []
             if self.launch.schedule is not None:
                 teams = [teams[i] for i in self.launch.schedule.permutation(len(teams))]
                 self.mbarriers.land_some(self.launch.schedule)
-            progress = False
+            teams, late = self._divide(teams) if progress else (teams, [])
+            self.teams, progress = late, bool(late)
             for team in teams:
                 progress |= team.advance()
                 if not team.finished:
@@ -134,12 +151,22 @@ class _Batch:
             error = AsyncHazard("the block ended while this copy was in flight", block=self.coordinates[copy.block])
             raise error.locate(self.program.kernel, copy.inst)
 
+    def _divide(self, teams):
+        """Those that run in this round, and those that do not: of blocks that meet, one may come early or late."""
+        if self._group is None:
+            return teams, []
+        is_late = self.launch.schedule.random(GROUPS) < 0.5
+        late = [team for team in teams if is_late[self._group[team.block[0]]]]
+        return [team for team in teams if team not in late], late
+
     def count_turn(self, team):
         """A team has used up a turn; a batch that takes too many is waiting for something that will not happen."""
         self._turns += 1
         if self._turns > MOST_TURNS:
-            what = "the kernel goes on and on; blocks that wait for blocks of a later batch would never end"
-            raise team.fault(KernelError, what, 0)
+            what = "the kernel goes on and on, as where an arrival is missing"
+            if not self.launch.together:
+                what += "; blocks that wait for blocks of a later batch would never end without a cooperative launch"
+            raise team.fault(EndlessWait, what, 0)
 
     @property
     def scheduled(self):

@@ -63,6 +63,15 @@ class GlobalMemory:
         key = tensor.untyped_storage().data_ptr()
         return self.BASE + self._starts[key][1] + tensor.data_ptr() - key
 
+    @property
+    def storages(self):
+        """[(storage of the host's, its offset here)]"""
+        return self._storages
+
+    def layout(self):
+        """Where storages lie, without what they hold: see Layout."""
+        return Layout({key: begin for key, (_, begin) in self._starts.items()})
+
     def write_back(self):
         """Copies every storage back to its tensors."""
         for storage, begin in self._storages:
@@ -129,6 +138,17 @@ class GlobalMemory:
 
     def store(self, offsets, values, size, count):
         _rows(self.bytes, size, count)[offsets // (size * count)] = values
+
+
+class Layout:
+    """The offsets of a GlobalMemory's storages, by their addresses on the host."""
+
+    def __init__(self, begins):
+        self._begins = begins
+
+    def begin_of(self, storage):
+        """The offset of a storage of the host's, None where it was not there."""
+        return self._begins.get(storage.data_ptr())
 
 
 def _host_bytes(storage):

@@ -12,7 +12,7 @@ from kernels.decode import DecodeBuffers, from_int8, pack, to_int8
 from kernels.decode import step as step_module
 from kernels.decode.step import BK, SPLIT
 from kernels.launch import forget
-from kernels.simulator import simulate
+from kernels.simulator import DependentLaunchRace, simulate
 from model import GPT2, GPT2Config
 from model.cache import KVCache
 from model.generation.fused import MAX_TEXTS, FusedStep
@@ -197,6 +197,27 @@ def test_a_launch_ahead_of_the_end_of_the_one_before_changes_nothing(monkeypatch
             results.append(by_kernels(model, [1], held_cache(model, [7]), [7]))
     forget()
     assert torch.equal(*results)
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize("T", [1, 2])
+def test_each_missing_wait_of_a_launch_ahead_is_reported(monkeypatch, T):
+    """5 of 5 kernels, with one token or two drafts: without its wait each touches what the one before writes."""
+    monkeypatch.setattr(step_module, "DEPENDENT", True)
+    forget()
+    model, reported = build(F16, "cpu", n_layer=2), []
+    for name in ("qkv", "attention", "out", "fc", "proj"):
+
+        def plant(text, kernel=f"_decode_{name}_kernel"):
+            return text.replace("griddepcontrol.wait;", "") if f".entry {kernel}" in text else text
+
+        with simulate("sm_90", transform=plant):
+            try:
+                verified(model, torch.zeros(1, T, dtype=torch.long), held_cache(model, [7]), [7])
+            except DependentLaunchRace as error:
+                reported.append(error.kernel)
+    forget()
+    assert reported == [f"_decode_{name}_kernel" for name in ("qkv", "attention", "out", "fc", "proj")]
 
 
 @pytest.mark.simulate

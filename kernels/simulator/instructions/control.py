@@ -89,7 +89,17 @@ def fence(inst, kernel):
     return lambda team: team.global_races.fence(team)
 
 
-@instruction("nanosleep", "prefetch", "griddepcontrol", "setmaxnreg", "discard", "applypriority", "brkpt")
+@instruction("griddepcontrol")
+def griddepcontrol(inst, kernel):
+    """wait: until the kernels before have ended; launch_dependents lets the next one begin."""
+    if inst.modifiers == ("wait",):
+        return lambda team: team.global_races.wait(team)
+    if inst.modifiers == ("launch_dependents",):
+        return lambda team: None
+    raise unknown(inst)
+
+
+@instruction("nanosleep", "prefetch", "setmaxnreg", "discard", "applypriority", "brkpt")
 def hint(inst, kernel):
     """Changes when something happens, not what."""
     return lambda team: None
