@@ -1,4 +1,4 @@
-"""GPT-2 under each backend, and transformers' on the same weights: what the benches of the whole model time.
+"""GPT-2 under each backend, or compiled, and transformers' on the same weights: what the benches of the model time.
 
 Weights are random, from one seed, and the same for every provider. A mode of a Provider does what is not timed and
 returns the call that is.
@@ -20,6 +20,7 @@ from model.training.captured import CapturedGradients
 from model.training.optimizer import adamw
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
+COMPILED = "sdpa-compiled"  # our module on PyTorch's own operations, for inductor to fuse; of a training step alone
 PYTORCHS = ("eager", "sdpa", "flex")  # backends of PyTorch's own operations
 GATE_TOKENS = 64
 NEW_TOKENS = 32  # that generate says
@@ -31,7 +32,11 @@ class Provider:
     def __init__(self, name, ours):
         self.name = name
         self.ours = ours
-        self.model = ours if name not in THEIRS else _transformers(name, ours)
+        if name == COMPILED:
+            self.model = _on_sdpa(ours)
+        else:
+            self.model = ours if name not in THEIRS else _transformers(name, ours)
+        self.run, self.compiled_for = self.model, None
 
     def use(self, training=False):
         """The model in its mode, and its packed weights, as generate() has them. Our backends share one model."""
@@ -66,16 +71,22 @@ class Provider:
     def optimizer_step(self, B, T, autocast, capture=False):
         """A whole step of training in fp32 weights: loss, gradients, their norm clipped, AdamW. autocast: a dtype.
 
-        capture: loss and gradients of ours as one CUDA graph.
+        capture: loss and gradients of ours as one CUDA graph. COMPILED compiles its model here, once for a case.
         """
         (model, _), ids = self.use(training=True), random_ids(self.ours, B, T)
         optimizer = adamw(model, lr=1e-4)
+        # Theirs make all logits, and so does what inductor is to fuse the loss into.
         options = {"return_logits": False} if model is self.ours else {}
 
         def loss_of(ids):
             with torch.autocast(ids.device.type, autocast, enabled=autocast != torch.float32):
-                return model(ids, labels=ids, use_cache=False, **options).loss
+                return self.run(ids, labels=ids, use_cache=False, **options).loss
 
+        case = B, T, autocast
+        if self.name == COMPILED and self.compiled_for != case:
+            torch.compiler.reset()  # dynamo compiles a second length for any, and a ninth not at all
+            self.run, self.compiled_for = torch.compile(model, dynamic=False, fullgraph=True), case
+            loss_of(ids).backward()  # compiles, outside of what is timed
         model.zero_grad(set_to_none=True)
         captured = CapturedGradients(loss_of, model.parameters(), ids) if capture and model is self.ours else None
 
@@ -161,6 +172,16 @@ def _transformers(name, ours):
     return model.eval()
 
 
+def _on_sdpa(ours):
+    """Our model on SDPA and PyTorch's other operations, with the same weights. A module of its own, so that nothing
+    that the others set on theirs is compiled anew."""
+    with torch.device("meta"):
+        model = GPT2(ours.config, attn_implementation="sdpa", kernel_implementation="torch")
+    model.load_state_dict(ours.state_dict(), assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
 def random_ids(model, B, T):
     generator = torch.Generator().manual_seed(T)
     return torch.randint(0, model.config.vocab_size, (B, T), generator=generator).to(model.device)
@@ -197,15 +218,18 @@ def refuse_lengths(args):
             raise UsageError(f"--seq-lens {T}: between 2 and n_positions = {most} is required")
 
 
-def refuse(option, name, args, **needs):
+def refuse(option, name, args, trains=False, **needs):
     """UsageError if the provider that the option names cannot serve args.size, args.dtype and args.device.
 
-    needs: of AttentionBackend.refusal, such as unequal_lengths=True for decoding.
+    trains: whether a training step is all that is asked for. needs: of AttentionBackend.refusal, such as
+    unequal_lengths=True for decoding.
     """
     if name in THEIRS:
         if importlib.util.find_spec("transformers") is None:
             raise UsageError(f"{option} {name}: transformers is not installed here")
         return
+    if name == COMPILED and trains:
+        name = "sdpa"
     if name not in attention_backends():
         raise UsageError(f"{option} {name}: unknown; choose from {', '.join((*attention_backends(), *THEIRS))}")
     if name in ("triton", "triton-hopper") and args.device.type != "cuda":

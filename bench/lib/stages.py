@@ -64,6 +64,7 @@ PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "bench.lib.test_results", "--col
 REHEARSED_TESTS = [*PYTEST, "tests/bench/test_gate.py"]
 MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", "float16")
 STEP = ("--providers", "triton", "sdpa", "transformers-sdpa", "--dtype", "bfloat16", "--batch", "4", "16")
+COMPILED_STEP = ("--providers", "triton", "sdpa-compiled", "--dtype", "bfloat16", "--batch", "16")  # 27 s to compile
 STAGES = (
     Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 60),
     Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 20),
@@ -74,6 +75,7 @@ STAGES = (
     Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
     Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 45),
     Stage("optimizer", "a whole step in mixed precision: tokens/s, MFU", "bench.training_sweep", STEP, 40),
+    Stage("compiled", "a whole step beside our module on SDPA, compiled", "bench.training_sweep", COMPILED_STEP, 75),
     Stage(
         "pointwise",
         "LayerNorm, GELU, cross-entropy",

@@ -35,6 +35,27 @@ def test_a_sweep_writes_rows(providers, dtype, tiny, tmp_path, capsys):
     assert "tokens_per_s" in capsys.readouterr().out
 
 
+def test_what_is_compiled_is_compiled_once_for_each_case_before_the_clock(tiny, tmp_path, monkeypatch):
+    """Were dynamo's memory of the case before kept, the second length would be compiled for any."""
+    graphs, real = [], torch.compile
+
+    def traced(model, **options):
+        def backend(graph, inputs):
+            graphs.append([x.shape for x in inputs if x.dtype == torch.int64])
+            return graph
+
+        return real(model, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    arguments = ["--device", "cpu", "--quick", "--size", "tiny", "--dtype", "bfloat16", "--out", str(tmp_path)]
+    training_sweep.main([*arguments, "--providers", "sdpa", "sdpa-compiled", "--seq-lens", "8", "12", "16"])
+    rows = json.loads((tmp_path / "training_sweep_quick.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == [OK] * 6
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert [row["peak_memory_mb"] is None for row in rows] == [False, True] * 3
+    assert [max(shapes) for shapes in graphs] == [(1, 8), (1, 12), (1, 16)]
+
+
 def test_a_gpus_share_is_of_its_data_sheet(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(training_sweep, "peak_flops", lambda device: 1e9)
     training_sweep.main(["--device", "cpu", "--quick", "--size", "tiny", "--out", str(tmp_path)])
