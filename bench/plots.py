@@ -21,7 +21,7 @@ if not __package__:  # run by its path: the checkout is found from there
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib import roofline
-from bench.lib.charts import CHARTS, COLOURS
+from bench.lib.charts import CHARTS, COLOURS, MARKERS
 from bench.lib.files import write_file
 
 OK = "ok"
@@ -29,7 +29,8 @@ SPREAD = 1.5  # p80 / p20 beyond it: something else used the machine
 
 
 SPARE_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
-MARKERS = "osD^vPX*"
+SPARE_MARKERS = "hpd8<>^*"
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")  # bars are told apart in grey, too
 INK, FAINT = "#222222", "#777777"
 STYLE = {"fontsize": 9, "color": INK}
 
@@ -98,7 +99,8 @@ def draw_figure(chart, environment, rows):
 
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    width, height = 5.6 * columns + 0.75, 4.35 * lines + 0.75
+    room = max(1.15, 0.3 + 0.083 * max(len(str(row[chart.series])) for row in rows))  # for the names of the lines
+    width, height = (4.45 + room) * columns + 0.75, 4.35 * lines + 0.75
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     title, subtitle = (
         chart.title.format(baseline=baseline or "the baseline"),
@@ -107,7 +109,9 @@ def draw_figure(chart, environment, rows):
     figure.text(0.25 / width, 1 - 0.3 / height, title, fontsize=13, color=INK, weight="bold")
     figure.text(0.25 / width, 1 - 0.42 / height, subtitle, fontsize=8.5, color=FAINT, va="top", linespacing=1.5)
     # Room for the header above, the notes below, the names of the lines at the right: all in inches.
-    figure.subplots_adjust(0.8 / width, 1.0 / height, 1 - 1.15 / width, 1 - 1.2 / height, wspace=0.42, hspace=0.55)
+    figure.subplots_adjust(
+        0.8 / width, 1.0 / height, 1 - room / width, 1 - 1.2 / height, wspace=0.365 * room, hspace=0.55
+    )
     colours = colours_of([row[chart.series] for row in rows])
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (key, values) in zip(axes, panels.items()):
@@ -199,7 +203,8 @@ def _draw_panel(axis, chart, rows, baseline, colours, chip=None):
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#bbbbbb")
     axis.tick_params(labelsize=8.5, colors=INK, length=3, labelleft=True)
-    axis.tick_params("x", labelsize=7.5 if chart.kind == "bars" else 8.5)
+    if chart.kind == "bars":
+        axis.tick_params("x", labelsize=7.5 if len(axis.get_xticks()) < 7 else 6.5)
 
 
 def _draw_lines(axis, chart, curves, colours, rows, roof):
@@ -208,7 +213,7 @@ def _draw_lines(axis, chart, curves, colours, rows, roof):
     for name, (xs, ys) in curves.items():
         at = dict(zip(xs, ys))
         heights = [at.get(x, np.nan) for x in ticks]  # a gap where nothing was measured
-        marker = MARKERS[names.index(name) % len(MARKERS)]
+        marker = MARKERS.get(name) or SPARE_MARKERS[names.index(name) % len(SPARE_MARKERS)]
         axis.plot(ticks, heights, color=colours[name], marker=marker, markersize=4.5, linewidth=1.8, zorder=3)
     if chart.powers and ticks:
         axis.set_xscale("log", base=2)
@@ -260,23 +265,30 @@ def _label_ends(axis, curves, colours):
 def _draw_bars(axis, chart, curves, colours, rows):
     groups = list(dict.fromkeys(x for xs, _ in curves.values() for x in xs))
     thickness = 0.8 / max(len(curves), 1)
+    crowded = len(groups) * len(curves) > 12  # then the figures stand upright, for they are wider than their bars
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         places = [groups.index(x) + (i - (len(curves) - 1) / 2) * thickness for x in xs]
-        bars = axis.bar(places, ys, 0.92 * thickness, color=colours[name], label=name, zorder=3)
+        look = {"color": colours[name], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "white", "linewidth": 0}
+        axis.bar(places, ys, 0.92 * thickness, label=name, zorder=3, **look)
         for x, y, place in zip(xs, ys, places):
-            row = next(r for r in rows if (r[chart.series], r[chart.x]) == (name, x) and _measured(chart, r))
+            row, top = next(r for r in rows if (r[chart.series], r[chart.x]) == (name, x) and _measured(chart, r)), y
             if spread(row):
                 ends = [y * row["median_ms"] / row[p] for p in ("p80_ms", "p20_ms")]
                 axis.vlines(place, *ends, color=INK, linewidth=1, zorder=4)
-        axis.bar_label(bars, [f"{y:.3g}" for y in ys], fontsize=7.5, color=INK, padding=2)
+                top = max(y, *ends)
+            figure = {"fontsize": 7.5, "color": INK, "ha": "center", "va": "bottom", "rotation": 90 * crowded}
+            axis.annotate(f"{y:.3g}", (place, top), (0, 2), textcoords="offset points", **figure)
     axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
-    axis.margins(y=0.12)
+    axis.margins(y=0.18 if crowded else 0.12)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.5, labelcolor=INK)
 
 
 def _subtitle(chart, environment, rows, varying):
     """Device and what is the same in all rows; versions, commit and day."""
     same = [_word(field, rows[0][field]) for field in chart.facets if field not in varying]
+    tokens = {row["B"] * row["T"] for row in rows if row.get("B") and row.get("T")}
+    if chart.x == "T" and len(tokens) == 1 and len({row["T"] for row in rows}) > 1:
+        same.append(f"B T = {tokens.pop()}")
     versions = [f"{name} {environment[name]}" for name in ("torch", "triton") if environment.get(name)]
     commit, day = environment.get("commit"), (environment.get("date") or "")[:10]
     if commit:

@@ -11,7 +11,8 @@ class Chart:
     relative_to: names of series; y becomes (y of the first of them that was measured) / y, a speed-up if y is a time.
     powers: the x axis is logarithmic to base 2, with a tick at each x.
     mode: draws only the rows of this mode; None for all.
-    what: draws only the rows of this `what`; None for all.
+    what: draws only the rows whose `what` is one of these; empty for all.
+    if_measured: drawn only where one of its values was measured: a CPU has no such numbers.
     scenario: draws only the rows of this scenario; a row that names none is of "lengths", as in older files.
     """
 
@@ -28,7 +29,8 @@ class Chart:
     powers: bool = True
     mode: str | None = None
     scenario: str | None = None
-    what: str | None = None
+    what: tuple[str, ...] = ()
+    if_measured: bool = False
     roof: bool = False  # what the chip could do at best, drawn in (bench/lib/roofline.py)
     log_y: bool = False
 
@@ -36,7 +38,9 @@ class Chart:
         """The rows that this chart draws, or none if one of them lacks a field."""
         mine = [row for row in rows if self.mode is None or row.get("mode") == self.mode]
         mine = [row for row in mine if self.scenario is None or row.get("scenario", "lengths") == self.scenario]
-        mine = [row for row in mine if self.what is None or row.get("what") == self.what]
+        mine = [row for row in mine if not self.what or row.get("what") in self.what]
+        if self.if_measured and all(row.get(self.y) is None for row in mine):
+            return []
         return mine if all({self.x, self.y, self.series, *self.facets} <= row.keys() for row in mine) else []
 
 
@@ -77,6 +81,26 @@ CHARTS = (
         facets=("dtype", "mode", "H", "D", "causal"),
         scenario="lengths",
         log_y=True,
+    ),
+    Chart(
+        file="attention_memory.png",
+        title="Attention: peak memory of a call",
+        y="peak_memory_mb",
+        y_label="MB",
+        facets=_ATTENTION,
+        scenario="lengths",
+        log_y=True,
+        if_measured=True,
+    ),
+    Chart(
+        file="attention_host.png",
+        title="Attention: time that the host takes for a call",
+        y="host_us",
+        y_label="us",
+        facets=_ATTENTION,
+        scenario="lengths",
+        log_y=True,
+        if_measured=True,
     ),
     Chart(
         file="attention_padding.png",
@@ -139,7 +163,19 @@ CHARTS = (
         series="provider",
         facets=("mode",),
         powers=False,
-        what="model",
+        what=("model",),
+    ),
+    Chart(
+        file="host_calls.png",
+        title="Host time of a call, nothing launched",
+        y="host_us",
+        y_label="us",
+        x="what",
+        x_label="",
+        series="provider",
+        facets=("mode",),
+        kind="bars",
+        what=("attention", "add_layer_norm", "bias_gelu"),
     ),
     Chart(
         file="tokenizer_throughput.png",
@@ -175,9 +211,11 @@ CHARTS = (
     ),
 )
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. A name keeps its colour in every chart.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. A name keeps its colour in every chart, and its
+# marker, for in grey several of the colours are alike.
 COLOURS = {
     "triton": "#D55E00",
+    "triton-hopper": "#882255",
     "eager": "#555555",
     "sdpa": "#0072B2",
     "sdpa-flash": "#56B4E9",
@@ -189,4 +227,21 @@ COLOURS = {
     "torch": "#0072B2",
     "compiled": "#56B4E9",
     "liger": "#009E73",
+    "transformers-sdpa": "#555555",
+}
+MARKERS = {
+    "triton": "o",
+    "triton-hopper": "P",
+    "eager": "X",
+    "sdpa": "s",
+    "sdpa-flash": "v",
+    "sdpa-cudnn": "D",
+    "sdpa-efficient": "^",
+    "sdpa-math": "<",
+    "flex": ">",
+    "flash_attention_2": "*",
+    "torch": "s",
+    "compiled": "v",
+    "liger": "D",
+    "transformers-sdpa": "X",
 }

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from bench import plots
 from bench.lib import charts, roofline
@@ -103,6 +105,39 @@ def test_dtypes_get_panels_of_their_own(tmp_path):
     one, two = (imread(plots.draw(write(tmp_path / "x.json", r))[0]).shape for r in (gpu_rows(), rows))
     assert two[0] > 1.5 * one[0]
     assert two[1] == one[1]
+
+
+def test_names_stay_on_the_page_and_figures_clear_of_each_other():
+    """The names of lines at the right were cut off; figures of narrow bars lay over each other and the spreads."""
+    rows = [attention_row(name, "forward", T, 1.0, 100.0) for name in ("sdpa", "transformers-sdpa") for T in (64, 128)]
+    names = ("ours", "tiktoken", "tokenizers")
+    bars = [
+        {"tokenizer": name, "text": text, "mb_per_s": 10.25 + i, "mode": "encode", "state": "cold", "threads": 1}
+        | {"median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.2}
+        for i, name in enumerate(names)
+        for text in ("english", "code", "chinese", "mixed", "letters")
+    ]
+    (tokenizers,) = (chart for chart in charts.CHARTS if chart.file == "tokenizer_throughput.png")
+    for chart, of_chart, count in ((charts.CHARTS[1], rows, 2), (tokenizers, bars, 15)):
+        figure = plots.draw_figure(chart, {}, of_chart)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (axis,), renderer = figure.axes, canvas.get_renderer()
+        # without the arrows to them
+        boxes = [Text.get_window_extent(text, renderer) for text in axis.texts if text.get_text()]
+        assert len(boxes) == count
+        assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_memory_and_host_time_are_drawn_where_they_were_measured():
+    memory, host = (chart for chart in charts.CHARTS if chart.if_measured)
+    rows = gpu_rows()
+    assert memory.rows_of(rows) == [] == host.rows_of(rows)
+    rows = [row | {"peak_memory_mb": 24.0, "host_us": 50.0} for row in rows]
+    assert memory.rows_of(rows) == rows == host.rows_of(rows)
+    assert "B T = " not in plots._subtitle(memory, {}, rows, ("mode",))
+    assert "B T = 16384" in plots._subtitle(memory, {}, [row | {"B": 16384 // row["T"]} for row in rows], ("mode",))
 
 
 def test_a_backend_keeps_its_colour():
