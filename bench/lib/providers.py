@@ -37,9 +37,15 @@ class Provider:
         else:
             self.model = ours if name not in THEIRS else _transformers(name, ours)
         self.run, self.compiled_for = self.model, None
+        self.case = self.steps = None  # decode steps, kept while the case is the same
 
-    def use(self, training=False):
-        """The model in its mode, and its packed weights, as generate() has them. Our backends share one model."""
+    def use(self, training=False, case=None):
+        """The model in its mode, and its packed weights, as generate() has them. Our backends share one model.
+
+        case: whose captured steps stay; those of any other are let go.
+        """
+        if case != self.case:
+            self.case, self.steps = case, None
         model = self.model.train(training)
         if model is not self.ours:
             return model, ()
@@ -107,12 +113,12 @@ class Provider:
     def decoding(self, B, T):
         """One token after T - 1 in the cache. These are random keys and values, which take the time of any others.
 
-        On a GPU ours replay a CUDA graph, as generate() does.
+        On a GPU ours replay a CUDA graph, as generate() does. It is captured once for a case: rounds share it.
         """
-        (model, packed), ids = self.use(), random_ids(self.ours, B, 1)
-        config, graphed = self.ours.config, None
+        (model, packed), ids = self.use(case=(B, T)), random_ids(self.ours, B, 1)
+        config = self.ours.config
         if model is self.ours:
-            graphed = model.graphed_steps(Settings())
+            self.steps = self.steps or model.graphed_steps(Settings())
             cache = KVCache(config, B, capacity=T, device=model.device, dtype=model.dtype)
             cache.data.normal_()
             cache.advance([T - 1] * B)
@@ -123,6 +129,8 @@ class Provider:
             for layer in range(config.n_layer):
                 held = torch.randn(2, B, config.n_head, T - 1, config.head_dim, device=model.device, dtype=model.dtype)
                 cache.update(held[0], held[1], layer)
+
+        graphed = self.steps
 
         @torch.no_grad()
         def step():

@@ -138,6 +138,7 @@ def _shrink():
     from bench import ceilings, model_sweep, pointwise_sweep, training_sweep, transformers_sweep, tune
     from bench.lib import attention_cases, cli, clock, providers
     from model.config import PRESETS
+    from model.generation import graph
 
     # The interpreter is refused as nothing to be timed, and rightly: nothing is timed here.
     cli.resolve_device = lambda name: torch.device("cpu" if name == "cpu" else "cuda")
@@ -166,3 +167,4 @@ def _shrink():
     transformers_sweep.QUICK = tuple(case for case in transformers_sweep.QUICK if case[0][1] == 1)
     transformers_sweep.IMPORTS = {"ours": "import json", transformers_sweep.BASELINE: "import json"}
     providers.GATE_TOKENS, providers.NEW_TOKENS = 8, 3
+    graph.DEVICES = ("cuda", "cpu")  # decode steps are captured here too

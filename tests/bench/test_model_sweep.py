@@ -143,3 +143,26 @@ def test_the_page_is_the_default_on_a_gpu():
     assert model_sweep.PAGE["training"] == ((1, 2, 4), (128, 256, 512, 1024))
     assert model_sweep.PAGE["decoding"] == ((1, 2, 4), (128, 256, 512, 768))
     assert DTYPES.keys() == {"float16", "bfloat16", "float32"}
+
+
+def test_a_decode_step_is_captured_once_for_a_case(tiny, monkeypatch):
+    """Not once for each round: a capture takes longer than what is timed. What another case or mode needs, it frees."""
+    captured = []
+
+    class Steps:
+        def step(self, ids, cache):
+            captured.append(self)
+            cache.reserve(1)
+            cache.advance([1])
+            return torch.zeros(1, 97)
+
+    ours = build("tiny", torch.device("cpu"), "float32")
+    monkeypatch.setattr(type(ours), "graphed_steps", lambda self, settings: Steps())
+    provider = Provider("sdpa", ours)
+    for _ in range(3):
+        provider.decoding(1, 8)()
+    assert len(set(captured)) == 1
+    provider.decoding(1, 16)()
+    assert len(set(captured)) == 2
+    provider.inference(1, 8)
+    assert provider.steps is None
