@@ -53,7 +53,7 @@ SDPA_KERNELS = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-KERNELS = {"triton": "portable", "triton-hopper": "hopper"}  # our backends, and flash_attention's name for the kernel
+KERNELS = {"triton": "auto", "triton-portable": "portable", "triton-hopper": "hopper"}  # ours: flash_attention's names
 # How torch says that the one SDPA kernel which it may use cannot serve a request.
 SDPA_REFUSALS = ("No available kernel", "No viable backend", "no kernel found", "cuDNN Frontend error", "mha_graph")
 
@@ -134,7 +134,12 @@ def refusal(name, device, dtype, head_dim, **needs):
     on_gpu = torch.device(device).type == "cuda"
     if reason is None and name == "triton-hopper" and not backend.runs_on(torch.device(device)):
         return "this device (a GPU of compute capability 9.0 is required)"
-    if reason is None and name == "triton" and on_gpu and get_attention("auto", **request).name != "triton":
+    if (
+        reason is None
+        and name in ("triton", "triton-portable")
+        and on_gpu
+        and get_attention("auto", **request).name != "triton"
+    ):
         return "this GPU (compute capability 8.0 or newer is required)"
     return reason
 
@@ -193,7 +198,7 @@ class Gate:
 
 def gates(case, inputs, names):
     """{name: Gate}; they share what they can, since the oracle is slow."""
-    drops = {name: name == "triton" and case.dropout_p > 0 for name in names}
+    drops = {name: name in KERNELS and case.dropout_p > 0 for name in names}
     made = {kind: Gate(case, inputs, drops=kind) for kind in set(drops.values())}
     return {name: made[drops[name]] for name in names}
 

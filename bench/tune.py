@@ -63,6 +63,7 @@ DIRECTIONS = {
     "dq": ("_attention_dq_kernel", "backward"),
     "dkdv": ("_attention_dkdv_kernel", "backward"),
 }
+OURS = "triton-portable"  # the backend whose tiles these are, on every chip
 TILES = {2: (32, 64, 128), 4: (16, 32, 64)}  # by bytes per element
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 REGISTERS = 255  # of one thread
@@ -196,7 +197,7 @@ def compiled(direction, dtype, head_dim, heads, seq_len, in_use, target, shared_
     for name, config in numbers.items():
         put(name, head_dim, DTYPES[dtype].itemsize, seq_len, config)
     active.binaries.clear()
-    make_call(DIRECTIONS[direction][1], "triton", case.inputs("cpu"), case.options("cpu"))()
+    make_call(DIRECTIONS[direction][1], OURS, case.inputs("cpu"), case.options("cpu"))()
     for name, (kernel, _) in DIRECTIONS.items():
         for binary in active.binaries:  # a kernel is loaded once, at its first launch
             if binary.name == kernel:
@@ -226,7 +227,7 @@ class Trial:
         self.heads = max(1, WIDTH // head_dim)
         self.case = Case(dtype, max(1, TOKENS // seq_len), self.heads, seq_len, head_dim, causal=True)
         self.inputs = self.case.inputs(device)
-        self.gates = [(inputs, gates(case, inputs, ["triton"])["triton"]) for case, inputs in self._shapes()]
+        self.gates = [(inputs, gates(case, inputs, [OURS])[OURS]) for case, inputs in self._shapes()]
 
     def _shapes(self):
         # Of the same row, and with as many heads, since the kernels are compiled for a projection's width.
@@ -257,7 +258,7 @@ class Trial:
         self.use(direction, config)
         try:
             for inputs, gate in self.gates:
-                error, status = check(DIRECTIONS[direction][1], "triton", inputs, gate, provider)
+                error, status = check(DIRECTIONS[direction][1], OURS, inputs, gate, provider)
                 if status != OK:
                     return error, f"left out: {status}" if status.startswith("error") else status
                 worst = max(worst, error)
@@ -268,7 +269,7 @@ class Trial:
     def make(self, direction, config):
         """The call that is timed; the config stays in the table."""
         self.use(direction, config)
-        return make_call(DIRECTIONS[direction][1], "triton", self.inputs, self.gates[0][1].options)
+        return make_call(DIRECTIONS[direction][1], OURS, self.inputs, self.gates[0][1].options)
 
 
 def chip_at_hand():

@@ -93,13 +93,32 @@ ATTENTION_WITH_DROPOUT = {
     "sm_90": {"forward": C(64, 64, 4, 3), "dq": C(64, 64, 4, 3)},
 }
 
-# {head dim: tiles} of attention/hopper.py, which is Gluon and for sm_90 alone; num_stages are slots of keys and values.
-HOPPER_FORWARD = {
-    # 6.9 instructions per score; 3 blocks. 64 x 64 takes 9.3 and holds 4, with less to mask on the diagonal.
-    64: C(64, 128, 4, 2),
-    # 10.6; 2 blocks. 64 x 128 would hold one.
-    128: C(64, 64, 4, 2),
+# Tiles of attention/hopper.py ("forward") and hopper_backward.py, which are Gluon and for sm_90 alone; num_stages are
+# the slots of what comes by TMA. Instructions per score and blocks as above.
+HOPPER = {
+    # 6.9 and 10.6; 3 and 2 blocks. At D = 128 64 x 128 would hold one.
+    "forward": {64: C(64, 128, 4, 2), 128: C(64, 64, 4, 2)},
+    # 9.3; 4 blocks, with less to mask on the diagonal. On an H100 beside the row above 9, 7, 3, 2 and -4% less time at
+    # T = 128, 256, 512, 1024, 2048 (bench/results/nvidia-h100-80gb-hbm3/fourth_visit).
+    "short forward": {64: C(64, 64, 4, 2)},
+    # 8.3 and 15.4; 3 and 2 blocks. 64 x 128 takes 6.6 but holds one block: 4 to 10% more time, backward as a whole.
+    "dq": {64: C(64, 64, 4, 3), 128: C(64, 32, 4, 3)},
+    # 12.3 and 17.3; 2 blocks.
+    "dkdv": {64: C(64, 64, 4, 3), 128: C(32, 64, 4, 3)},
+    # 15.0; 3 blocks. Backward as a whole beside the row above 3, 3, 2, 0, -1, -3% less time at T = 128, ..., 4096.
+    "short dkdv": {64: C(32, 64, 4, 3)},
 }
+HOPPER_HEAD_DIMS = tuple(HOPPER["forward"])
+# {direction: head dims} for which kernel="auto" takes them: those that an H100 was faster with.
+HOPPER_CHOSEN = {"forward": (64,), "backward": (64,)}
+
+
+def hopper_config(direction, head_dim, T):
+    """The tile of "forward", "dq" or "dkdv" for T queries."""
+    rows = HOPPER[direction]
+    if T <= SHORT_T:
+        rows = rows | HOPPER.get(f"short {direction}", {})
+    return rows[head_dim]
 
 
 def family(arch):

@@ -215,6 +215,7 @@ CHARTS = (
 # marker, for in grey several of the colours are alike.
 COLOURS = {
     "triton": "#D55E00",
+    "triton-portable": "#E69F00",
     "triton-hopper": "#882255",
     "eager": "#555555",
     "sdpa": "#0072B2",
@@ -231,6 +232,7 @@ COLOURS = {
 }
 MARKERS = {
     "triton": "o",
+    "triton-portable": "h",
     "triton-hopper": "P",
     "eager": "X",
     "sdpa": "s",

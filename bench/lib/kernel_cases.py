@@ -49,7 +49,7 @@ def _attention(dtype, B, H, T, D):
             "_attention_dq_kernel": Work(B * H * T * D, 6 * tensor + 2 * row),  # q k v o do lse; dq delta
             "_attention_dkdv_kernel": Work(2 * B * H * T * D, 6 * tensor + 2 * row),  # q k v do lse delta; dk dv
         }
-        return lambda: flash_attention(q, k, v).backward(do), work
+        return lambda: flash_attention(q, k, v, kernel="portable").backward(do), work
 
     return make
 
@@ -57,9 +57,15 @@ def _attention(dtype, B, H, T, D):
 def _hopper(B, H, T, D):
     def make():
         torch.manual_seed(0)
-        q, k, v = (torch.randn(B, H, T, D).bfloat16() for _ in range(3))
-        work = {"_attention_hopper_kernel": Work(q.numel(), 4 * 2 * q.numel() + 4 * B * H * T)}  # q k v; o lse
-        return lambda: flash_attention(q, k, v, kernel="hopper"), work
+        q, k, v = (torch.randn(B, H, T, D).bfloat16().requires_grad_() for _ in range(3))
+        do = torch.randn(B, H, T, D).bfloat16()
+        tensor, row = 2 * q.numel(), B * H * T * 4
+        work = {
+            "_attention_hopper_kernel": Work(q.numel(), 4 * tensor + row),  # q k v; o lse
+            "_attention_dq_hopper_kernel": Work(q.numel(), 6 * tensor + 3 * row),  # q k v o do lse; dq, lse and delta
+            "_attention_dkdv_hopper_kernel": Work(2 * q.numel(), 6 * tensor + 2 * row),  # as in the portable one
+        }
+        return lambda: flash_attention(q, k, v, kernel="hopper").backward(do), work
 
     return make
 

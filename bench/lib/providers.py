@@ -240,7 +240,7 @@ def refuse(option, name, args, trains=False, **needs):
         name = "sdpa"
     if name not in attention_backends():
         raise UsageError(f"{option} {name}: unknown; choose from {', '.join((*attention_backends(), *THEIRS))}")
-    if name in ("triton", "triton-hopper") and args.device.type != "cuda":
+    if name.startswith("triton") and args.device.type != "cuda":
         raise UsageError(f"{option} {name}: not timed without a GPU; bench/attention_sweep.py checks it here")
     head_dim = GPT2Config.preset(args.size).head_dim
     request = {"device": args.device, "dtype": DTYPES[args.dtype], "head_dim": head_dim}

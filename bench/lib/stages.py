@@ -59,7 +59,7 @@ def _attention(name, what, limit_s, *arguments):
 
 
 SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn")
-OURS = ("triton", "triton-hopper")
+OURS = ("triton", "triton-portable", "triton-hopper")
 PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "bench.lib.test_results", "--color=no", "--tb=short", "-rfE")
 REHEARSED_TESTS = [*PYTEST, "tests/bench/test_gate.py"]
 MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", "float16")

@@ -2,8 +2,8 @@
 
 Ops registered under torch.ops.gpt2: attention_forward and attention_backward for separate q, k, v; attention_decode
 for a few queries against a cache; packed_attention_forward and packed_attention_backward, which read the fused
-projection [B, T, 3C] in place and write its gradient as one tensor of that shape, with the same kernels; and
-attention_forward_hopper and packed_attention_forward_hopper, which hopper.py computes.
+projection [B, T, 3C] in place and write its gradient as one tensor of that shape, with the same kernels. choice.py
+says which kernels.
 """
 
 import math
@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.attention import hopper
-from kernels.attention.backward import _launch_attention_backward, _launch_packed_backward
+from kernels.attention.choice import (
+    KERNELS,
+    launch_backward,
+    launch_forward,
+    launch_packed_backward,
+    launch_packed_forward,
+)
 from kernels.attention.decode import MAX_QUERIES, _launch_attention_decode
-from kernels.attention.forward import _launch_attention_forward, _launch_packed_forward
 from kernels.checks import (
     check_device,
     check_dropout,
@@ -34,7 +38,6 @@ from kernels.library import LN2, define_op, needs_graph
 from kernels.rows import unit_stride
 
 MAX_HEAD_DIM = 256
-KERNELS = ("portable", "hopper")
 
 
 class Options(NamedTuple):
@@ -49,7 +52,10 @@ class Options(NamedTuple):
     dropout_p: float
 
 
-_SCHEMA = "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p"
+_SCHEMA = (
+    "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p,"
+    " str kernel"
+)
 
 
 def _options(kv_start, kv_end, q_start, *rest):
@@ -66,12 +72,8 @@ def split_heads(qkv, num_heads):
 
 def _forward(q, k, v, *options):
     check_device("flash_attention", q, "q")
-    return _launch_attention_forward(q, k, v, _options(*options))
-
-
-def _forward_hopper(q, k, v, *options):
-    check_device("flash_attention", q, "q")
-    return hopper._launch_hopper_forward(q, k, v, _options(*options))
+    *options, kernel = options
+    return launch_forward(kernel, q, k, v, _options(*options))
 
 
 def _forward_fake(q, k, v, *options):
@@ -86,7 +88,8 @@ def _decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
 
 def _backward(do, q, k, v, o, lse, *options):
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, _options(*options))
+    *options, kernel = options
+    launch_backward(kernel, do, q, k, v, o, lse, dq, dk, dv, _options(*options))
     return dq, dk, dv
 
 
@@ -96,12 +99,8 @@ def _backward_fake(do, q, k, v, o, lse, *options):
 
 def _packed_forward(qkv, num_heads, *options):
     check_device("flash_attention_packed", qkv, "qkv")
-    return _launch_packed_forward(qkv, num_heads, _options(*options))
-
-
-def _packed_forward_hopper(qkv, num_heads, *options):
-    check_device("flash_attention_packed", qkv, "qkv")
-    return hopper._launch_packed_hopper(qkv, num_heads, _options(*options))
+    *options, kernel = options
+    return launch_packed_forward(kernel, qkv, num_heads, _options(*options))
 
 
 def _packed_forward_fake(qkv, num_heads, *options):
@@ -110,7 +109,8 @@ def _packed_forward_fake(qkv, num_heads, *options):
 
 
 def _packed_backward(do, qkv, o, lse, num_heads, *options):
-    return _launch_packed_backward(do, qkv, o, lse, num_heads, _options(*options))
+    *options, kernel = options
+    return launch_packed_backward(kernel, do, qkv, o, lse, num_heads, _options(*options))
 
 
 def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
@@ -119,11 +119,6 @@ def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
 
 attention_forward = define_op(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake
-)
-attention_forward_hopper = define_op(
-    f"attention_forward_hopper(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)",
-    _forward_hopper,
-    _forward_fake,
 )
 attention_decode = define_op(
     "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? kv_start, Tensor? kv_end, Tensor? q_start, float scale,"
@@ -142,11 +137,6 @@ packed_attention_forward = define_op(
     _packed_forward,
     _packed_forward_fake,
 )
-packed_attention_forward_hopper = define_op(
-    f"packed_attention_forward_hopper(Tensor qkv, int num_heads, {_SCHEMA}) -> (Tensor, Tensor)",
-    _packed_forward_hopper,
-    _packed_forward_fake,
-)
 packed_attention_backward = define_op(
     f"packed_attention_backward(Tensor do, Tensor qkv, Tensor o, Tensor lse, int num_heads, {_SCHEMA}) -> Tensor",
     _packed_backward,
@@ -155,22 +145,22 @@ packed_attention_backward = define_op(
 
 
 def _save(ctx, tensors, options):
-    """Keeps tensors and options for backward."""
-    ctx.save_for_backward(*tensors, options.kv_start, options.kv_end, options.q_start, options.seed)
-    ctx.numbers = options.scale, options.causal, options.dropout_p
+    """Keeps tensors and options, the kernel's name behind them, for backward."""
+    ctx.save_for_backward(*tensors, *options[:4])
+    ctx.numbers = options[4:]
 
 
 def _saved(ctx):
     """The tensors and the options that _save kept."""
     *tensors, kv_start, kv_end, q_start, seed = ctx.saved_tensors
-    return tensors, Options(kv_start, kv_end, q_start, seed, *ctx.numbers)
+    return tensors, (kv_start, kv_end, q_start, seed, *ctx.numbers)
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, q, k, v, *options):
-        o, lse = op(q, k, v, *options)
-        _save(ctx, (q, k, v, o, lse), Options(*options))
+    def forward(ctx, q, k, v, *options):
+        o, lse = attention_forward(q, k, v, *options)
+        _save(ctx, (q, k, v, o, lse), options)
         ctx.mark_non_differentiable(lse)
         return o, lse
 
@@ -178,14 +168,14 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         refuse_second_derivative("flash_attention")
         tensors, options = _saved(ctx)
-        return None, *attention_backward(unit_stride(do), *tensors, *options), *[None] * len(options)
+        return *attention_backward(unit_stride(do), *tensors, *options), *[None] * len(options)
 
 
 class _FlashAttentionPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, qkv, num_heads, *options):
-        o, lse = op(qkv, num_heads, *options)
-        _save(ctx, (qkv, o, lse), Options(*options))
+    def forward(ctx, qkv, num_heads, *options):
+        o, lse = packed_attention_forward(qkv, num_heads, *options)
+        _save(ctx, (qkv, o, lse), options)
         ctx.num_heads = num_heads
         return o
 
@@ -194,7 +184,7 @@ class _FlashAttentionPacked(torch.autograd.Function):
         refuse_second_derivative("flash_attention_packed")
         tensors, options = _saved(ctx)
         dqkv = packed_attention_backward(unit_stride(do), *tensors, ctx.num_heads, *options)
-        return None, dqkv, None, *[None] * len(options)
+        return dqkv, None, *[None] * len(options)
 
 
 def _check_shared(function, tensor, B, D, scale, *bounds):
@@ -252,9 +242,9 @@ def _check_packed(tensors, num_heads, scale):
 
 def _check_kernel(function, kernel):
     if not isinstance(kernel, str):
-        raise TypeError(f"{function}: kernel is {kernel!r}; it must be a string: {' or '.join(KERNELS)}")
+        raise TypeError(f"{function}: kernel is {kernel!r}; it must be a string: {', '.join(KERNELS)}")
     if kernel not in KERNELS:
-        raise ValueError(f"{function}: kernel is {kernel!r}; it must be {' or '.join(KERNELS)}")
+        raise ValueError(f"{function}: kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
 
 
 def flash_attention(
@@ -270,7 +260,7 @@ def flash_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
     return_lse: bool = False,
-    kernel: str = "portable",
+    kernel: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T + mask) v by the Triton kernels, differentiable once. FlashAttention-2 (Dao, 2023).
 
@@ -282,8 +272,9 @@ def flash_attention(
     q_start: int32 [B], the position among the keys at which each row's first query stands.
     dropout_p: probability that dropout zeroes a weight, in [0, 1), rounded to a multiple of 1 / 65536.
     dropout_seed: int64 [1] on the inputs' device; drawn from torch's generator there unless given.
-    kernel: the forward kernel, "portable" or "hopper" (hopper.py): that needs compute capability 9.0, fp16 or bf16, a D
-        of 64 or 128, no padding, no dropout, and tensors and strides at multiples of 16 bytes.
+    kernel: "portable"; "hopper" (hopper.py, hopper_backward.py), which needs compute capability 9.0, fp16 or bf16, a D
+        of 64 or 128, no padding, no dropout, and tensors and strides at multiples of 16 bytes; or "auto": that where it
+        can be and was measured to be faster (README.md has the table), else "portable".
 
     Up to 16 queries against more keys, where no gradient is asked for, go through the split-KV kernels of decode.py.
 
@@ -299,14 +290,13 @@ def flash_attention(
     _check_kernel("flash_attention", kernel)
     scale = _check((q, k, v, kv_start, kv_end, q_start), scale)
     seed = check_dropout("flash_attention", q, dropout_p, dropout_seed)
-    options = Options(kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p))
-    forward = attention_forward if kernel == "portable" else attention_forward_hopper
+    options = kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p), kernel
     if needs_graph(q, k, v):
-        o, lse = _FlashAttention.apply(forward, q, k, v, *options)
+        o, lse = _FlashAttention.apply(q, k, v, *options)
     elif seed is None and q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2]:
-        o, lse = attention_decode(q, k, v, kv_start, kv_end, q_start, scale, options.causal)
+        o, lse = attention_decode(q, k, v, kv_start, kv_end, q_start, scale, bool(causal))
     else:
-        o, lse = forward(q, k, v, *options)
+        o, lse = attention_forward(q, k, v, *options)
     return (o, lse * LN2) if return_lse else o
 
 
@@ -320,7 +310,7 @@ def flash_attention_packed(
     kv_end: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
-    kernel: str = "portable",
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Self-attention straight from the fused projection: qkv [B, T, 3C] to [B, T, C], with nothing copied on the way.
 
@@ -332,8 +322,7 @@ def flash_attention_packed(
     _check_kernel("flash_attention_packed", kernel)
     scale = _check_packed((qkv, kv_start, kv_end), num_heads, scale)
     seed = check_dropout("flash_attention_packed", qkv, dropout_p, dropout_seed)
-    options = Options(kv_start, kv_end, None, seed, scale, bool(causal), float(dropout_p))
-    forward = packed_attention_forward if kernel == "portable" else packed_attention_forward_hopper
+    options = kv_start, kv_end, None, seed, scale, bool(causal), float(dropout_p), kernel
     if needs_graph(qkv):
-        return _FlashAttentionPacked.apply(forward, qkv, num_heads, *options)
-    return forward(qkv, num_heads, *options)[0]
+        return _FlashAttentionPacked.apply(qkv, num_heads, *options)
+    return packed_attention_forward(qkv, num_heads, *options)[0]

@@ -37,7 +37,7 @@ from kernels.library import LOG2E, active_arch
 MAX_ROWS = 17  # texts, or the last token of one and 16 drafts
 BK = 256  # columns of a tile: 16 bytes a lane at two bytes an element
 WARPS = 4
-TILES = 12  # of weights, at most, that a program keeps: 48 registers a thread at two bytes an element
+TILES = 6  # of weights, about, that a program keeps: 24 registers a thread at two bytes an element
 SPLIT = 256  # keys of a program of attention, at most: fewer where a tile of them would not fit its registers
 AT_ONCE = 4  # splits whose results are asked for together
 DEPENDENT = True  # programmatic dependent launch, which Hopper and newer have

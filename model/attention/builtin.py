@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import MAX_HEAD_DIM
 from kernels.checks import check_device
-from kernels.configs import HOPPER_FORWARD
+from kernels.configs import HOPPER_HEAD_DIMS
 from kernels.library import INTERPRETED, active_arch
 from model.attention.registry import register_attention
 
@@ -72,8 +72,25 @@ def triton_runs_on(device):
     runs_on=triton_runs_on,
 )
 def triton(q, k, v, *, upcast, **options):
-    """The kernels of this project. Their scores are fp32 throughout, so `upcast` changes nothing."""
+    """The kernels of this project, the fastest known. Their scores are fp32 throughout, so `upcast` changes nothing."""
     return flash_attention(q, k, v, **options), None
+
+
+@register_attention(
+    "triton-portable",
+    projection=partial(flash_attention_packed, kernel="portable"),
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
+    max_head_dim=MAX_HEAD_DIM,
+    padding=True,
+    dropout=True,
+    unequal_lengths=True,
+    upcast=True,
+    capturable=True,
+    runs_on=triton_runs_on,
+)
+def triton_portable(q, k, v, *, upcast, **options):
+    """Those of them that every chip runs, on Hopper too."""
+    return flash_attention(q, k, v, kernel="portable", **options), None
 
 
 def hopper_runs_on(device):
@@ -88,12 +105,12 @@ def hopper_runs_on(device):
     "triton-hopper",
     projection=partial(flash_attention_packed, kernel="hopper"),
     dtypes=(torch.float16, torch.bfloat16),
-    head_dims=tuple(HOPPER_FORWARD),
+    head_dims=HOPPER_HEAD_DIMS,
     unequal_lengths=True,
     upcast=True,
     capturable=True,
     runs_on=hopper_runs_on,
 )
 def triton_hopper(q, k, v, *, upcast, **options):
-    """The same with the forward kernel in Gluon, kernels/attention/hopper.py."""
+    """Those in Gluon, kernels/attention/hopper.py and hopper_backward.py, or an error."""
     return flash_attention(q, k, v, kernel="hopper", **options), None

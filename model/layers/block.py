@@ -34,8 +34,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.attention.backward import _launch_packed_dkdv, _launch_packed_dq
-from kernels.attention.forward import _launch_packed
+from kernels.attention.choice import PackedAttention
 from kernels.checks import check_dropout, refuse_second_derivative
 from kernels.configs import GELU_TILE
 from kernels.gelu import _launch_backward as _launch_gelu_backward
@@ -68,16 +67,10 @@ class Launches:
     The dtypes of x and of the vectors, and whether there is padding, must always be the same, too.
     """
 
-    def __init__(self, B, T, C, N, dtype, numbers):
+    def __init__(self, B, T, C, N, dtype, numbers, padded):
         _, num_heads, scale, attn_p, resid_p, mlp_p, eps2, eps3 = numbers
         M = B * T
-        qkv, rows = (3 * T * C, 3 * C, 1), (T * C, C, 1)  # strides
-        options = num_heads, dtype, attn_p != 0.0, scale, True, attn_p
-        self.attention = Bound(_launch_packed, (B, T, 3 * C), qkv, *options)
-        self.dq, self.dkdv = (
-            Bound(launcher, (B, T, 3 * C), qkv, rows, rows, *options)
-            for launcher in (_launch_packed_dq, _launch_packed_dkdv)
-        )
+        self.attention = PackedAttention(B, T, C, num_heads, dtype, scale, attn_p, padded)
         self.norm2 = Bound(_launch_norm, M, C, C, C, eps2, resid_p)
         self.norm3 = Bound(_launch_norm, M, C, C, C, eps3, mlp_p)
         self.dnorm2 = _NormBackward(M, C, C, resid_p)
@@ -215,10 +208,7 @@ class BlockFunction(torch.autograd.Function):
             d, *grads[4:6], grads[3] = launches.dnorm2(d, dx2, dx, x2, w2, stats2, resid_seed)
             d, grads[2] = _linear_backward(d.view(y.shape), o, Wp, ctx.dtypes[2], needs_qkv, needs[2])
         if needs_qkv:
-            dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-            tail = lse, delta, kv_start, kv_end, None, attn_seed
-            launches.dq(qkv, qkv, qkv, o, d, dqkv, *tail)
-            launches.dkdv(qkv, qkv, qkv, d, dqkv, dqkv, *tail)
+            dqkv = launches.attention.backward(d, qkv, o, lse, kv_start, kv_end, attn_seed)
             grads[1] = dqkv.sum(0, dtype=dqkv.dtype) if needs[1] else None  # autocast sums to fp32
             d, grads[0] = _linear_backward(dqkv, y, Wa, ctx.dtypes[0], needs_y, needs[0])
         return dx if needs_x else None, d.view(x3.shape) if needs_y else None, None, None, None, *grads

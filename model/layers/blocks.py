@@ -1,14 +1,15 @@
 """Which blocks go by block.py's launches, and how tokens attend in them: to one another, or over a KV cache."""
 
 import math
+from functools import partial
 
 import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from kernels.attention import MAX_HEAD_DIM
+from kernels.attention.choice import launch_forward
 from kernels.attention.decode import MAX_QUERIES, _launch_attention_decode
-from kernels.attention.forward import _launch_attention_forward
 from kernels.attention.ops import Options
 from kernels.checks import FLOATS, check_device, dense
 from kernels.launch import MOST, forgotten
@@ -36,7 +37,7 @@ class _Packed:
     def __call__(self, rows, qkv, numbers, launches, seed):
         """o [M, C] and lse [H M] from qkv [M, 3C]; rows: any [M, C] of qkv's dtype."""
         o, lse = torch.empty_like(rows), qkv.new_empty(numbers.num_heads * len(rows), dtype=torch.float32)
-        launches.attention(qkv, qkv, qkv, o, lse, *self.bounds, None, seed)
+        launches.attention.forward(qkv, o, lse, *self.bounds, seed)
         return o, lse
 
 
@@ -71,7 +72,7 @@ class _Cached:
         q, keys, values = parts[0], self.seen[2 * numbers.layer], self.seen[2 * numbers.layer + 1]
         options = Options(None, None, None, seed, numbers.scale, True, numbers.attn_p)
         is_decoding = seed is None and T <= MAX_QUERIES and keys.shape[2] > T
-        launch = _launch_attention_decode if is_decoding else _launch_attention_forward
+        launch = _launch_attention_decode if is_decoding else partial(launch_forward, "auto")
         return launch(q, keys, values, options)[0].transpose(1, 2).view(rows.shape), None
 
 
@@ -118,8 +119,9 @@ class Blocks:
         self.attend = attend
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.kernels = {name for name in ("auto", "triton") if use_triton(name, x)}
-        padded = isinstance(attend, _Packed) and [bound is None for bound in attend.bounds]
-        self.kind = self.autocast, str(padded)
+        bounds = attend.bounds if isinstance(attend, _Packed) else ()
+        self.padded = any(bound is not None for bound in bounds)
+        self.kind = self.autocast, *[bound is None for bound in bounds]
         self.last = None, None  # the geometry of the block before, and its launches
 
     @classmethod
@@ -171,7 +173,7 @@ class Blocks:
                 return None
             if len(_known) >= MOST:
                 _known.clear()
-            launches = _known[geometry] = Launches(*x.shape, weights[7].shape[0], y.dtype, numbers)
+            launches = _known[geometry] = Launches(*x.shape, weights[7].shape[0], y.dtype, numbers, self.padded)
         self.last = geometry, launches
         return launches
 

@@ -213,7 +213,10 @@ def test_what_cannot_serve_a_shape_says_so_in_its_row(registry):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--backends flashy", "--backends flashy: unknown; choose from eager, sdpa, triton, triton-hopper, flex"),
+        (
+            "--backends flashy",
+            "--backends flashy: unknown; choose from eager, sdpa, triton, triton-portable, triton-hopper, flex",
+        ),
         ("--backends triton --head-dim 512", "triton does not support head_dim 512 (its largest is 256)"),
         ("--dtype float8", "argument --dtype: invalid choice: 'float8'"),
         ("--seq-lens 10000000", "--seq-lens 10000000: at most 131072 is supported"),

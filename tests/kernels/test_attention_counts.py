@@ -38,12 +38,12 @@ def launches():
     q, k, v, do = inputs(SHAPE, torch.bfloat16, "cpu")
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with simulate("sm_90") as gpu:
-        flash_attention(q, k, v).backward(do)
+        flash_attention(q, k, v, kernel="portable").backward(do)
         configs = {direction: attention_config(direction, q.dtype, D, T) for direction in KERNELS}
         for tile in FORWARD_TILES.values():
             with mock.patch.dict(ATTENTION["sm_90"], {("short forward", 2): {D: tile}}):
                 forget()
-                flash_attention(q, k, v)
+                flash_attention(q, k, v, kernel="portable")
         forget()
     others = zip(FORWARD_TILES, zip(gpu.launches[-len(FORWARD_TILES) :], FORWARD_TILES.values()))
     return dict(others) | {
@@ -113,7 +113,7 @@ def test_padded_tiles_are_skipped_not_masked():
     read = []
     for rows in ({}, {"kv_end": [512]}, {"kv_start": [512]}):
         with simulate("sm_90") as gpu:
-            flash_attention(q, k, v, causal=False, **bounds("cpu", **rows))
+            flash_attention(q, k, v, causal=False, kernel="portable", **bounds("cpu", **rows))
         read.append(gpu.launches[-1].counters.global_read)
     keys_and_values = read[0] - 256 * 64 * 2
     for padded in read[1:]:

@@ -106,8 +106,8 @@ def test_the_cache_is_read_in_place(lane, dtype, monkeypatch):
 @a_property
 def test_only_calls_without_gradients_take_this_path(lane, dtype, monkeypatch):
     taken = []
-    monkeypatch.setattr(ops, "_launch_attention_decode", lambda *a: taken.append(a) or ops._launch_attention_forward())
-    monkeypatch.setattr(ops, "_launch_attention_forward", lambda *a: (torch.zeros(0), torch.zeros(0)))
+    monkeypatch.setattr(ops, "_launch_attention_decode", lambda *a: taken.append(a) or ops.launch_forward())
+    monkeypatch.setattr(ops, "launch_forward", lambda *a: (torch.zeros(0), torch.zeros(0)))
     q, k, v, _ = inputs((1, 1, 1, 20, 16), dtype, lane.device)
     flash_attention(q.requires_grad_(), k, v)
     assert not taken

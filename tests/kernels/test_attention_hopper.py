@@ -8,12 +8,13 @@ import numerics
 import pytest
 import torch
 from attention_cases import inputs
+from hopper import kept_binaries, long_rows, on_hopper
 
 from bench.lib.sass import _loops, _tool, inspect
 from kernels import flash_attention, flash_attention_packed, reference
-from kernels.attention import hopper, ops
+from kernels.attention import choice, hopper, ops
 from kernels.attention.ops import split_heads
-from kernels.configs import HOPPER_FORWARD
+from kernels.configs import hopper_config
 from kernels.simulator import simulate
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -35,12 +36,6 @@ SHAPES = [
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-H{}-Tq{}-Tk{}-D{}".format(*s))
 both_dtypes = pytest.mark.parametrize("dtype", [F16, BF16], ids=lanes.short)
 causal_or_full = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-
-
-def on_hopper(test):
-    """Marks a test for the GPU; where that is another chip the test is not there."""
-    other = torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
-    return None if other else pytest.mark.gpu(test)
 
 
 @pytest.fixture(autouse=True)
@@ -66,27 +61,10 @@ def binaries():
         (F16, 128, False),
     ]:
         q, k, v, _ = inputs((2, 3, 300, 300, D), dtype, "cpu")
-        with compiling.compile_only("sm_90") as kernels, _kept_binaries() as cubins:
+        with long_rows(), compiling.compile_only("sm_90") as kernels, kept_binaries() as cubins:
             hopper._launch_hopper_forward(q, k, v, ops.Options(None, None, None, None, 0.125, causal, 0.0))
         found[dtype, D, causal] = kernels[0], cubins[0]
     return found
-
-
-class _kept_binaries:
-    """A context that yields the list of the cubins that are loaded inside."""
-
-    def __enter__(self):
-        self.before, cubins = compiling._resources_nvidia, []
-
-        def keep(cubin):
-            cubins.append(cubin)
-            return self.before(cubin)
-
-        compiling._resources_nvidia = keep
-        return cubins
-
-    def __exit__(self, *_):
-        compiling._resources_nvidia = self.before
 
 
 @pytest.mark.compile
@@ -99,9 +77,19 @@ def test_it_spills_nothing_and_several_programs_share_a_multiprocessor(binaries)
 
 
 @pytest.mark.compile
+def test_the_tile_of_short_rows_spills_nothing_and_four_programs_share_a_multiprocessor():
+    q, k, v, _ = inputs((2, 3, 300, 300, 64), BF16, "cpu")
+    with compiling.compile_only("sm_90") as (kernel):
+        hopper._launch_hopper_forward(q, k, v, ops.Options(None, None, None, None, 0.125, True, 0.0))
+    assert kernel[0].spilled == 0
+    assert kernel[0].registers <= 128
+    assert 4 * (kernel[0].shared + 1024) <= 228 * 1024
+
+
+@pytest.mark.compile
 def test_the_loop_holds_no_mask_and_few_instructions(binaries):
     for (_, D, _), (_, cubin) in binaries.items():
-        code, config = inspect(cubin, NAME), HOPPER_FORWARD[D]
+        code, config = inspect(cubin, NAME), hopper_config("forward", D, 2048)
         assert "FSEL" not in code.loop_names
         assert sum(code.loop_names.values()) <= {64: 7.1, 128: 10.6}[D] * config.BLOCK_M * config.BLOCK_N / 128
 
@@ -172,7 +160,7 @@ def test_a_request_that_it_cannot_serve_is_an_error(change, message):
 def test_an_unknown_kernel_is_an_error():
     q = torch.zeros(1, 1, 4, 64)
     for call in (lambda kernel: flash_attention(q, q, q, kernel=kernel), lambda kernel: _packed(kernel)):
-        with pytest.raises(ValueError, match="kernel is 'fastest'; it must be portable or hopper"):
+        with pytest.raises(ValueError, match="kernel is 'fastest'; it must be one of auto, portable, hopper"):
             call("fastest")
         with pytest.raises(TypeError, match="kernel is 1; it must be a string"):
             call(1)
@@ -236,12 +224,14 @@ def test_simulated_output_matches_the_oracle_in_any_order(shape, causal, dtype, 
     q, k, v, _ = inputs(shape, dtype, "cpu")
     with simulate("sm_90", seed=seed):
         check(q, k, v, causal=causal)
+    with long_rows(), simulate("sm_90", seed=seed):
+        check(q, k, v, causal=causal)
 
 
 @pytest.mark.simulate
 def test_simulated_packed_and_separate_tensors_give_the_same_bits_and_read_each_tile_once():
     qkv = torch.randn(2, 150, 3 * 2 * 64).bfloat16()
-    with simulate("sm_90") as gpu:
+    with long_rows(), simulate("sm_90") as gpu:
         y = flash_attention_packed(qkv, 2, kernel="hopper")
         again = flash_attention_packed(qkv.clone(), 2, kernel="hopper")
         o = flash_attention(*split_heads(qkv, 2), kernel="hopper")
@@ -273,15 +263,54 @@ def test_changing_a_token_leaves_the_outputs_before_it_alone():
     assert not torch.equal(before[:, 250:], after[:, 250:])
 
 
-@on_hopper
-def test_gradients_behind_it_are_those_of_the_portable_kernels():
-    qkv = torch.randn(2, 300, 3 * 2 * 64, device="cuda", dtype=BF16)
-    dy = torch.randn(2, 300, 128, device="cuda", dtype=BF16)
-    found = []
-    for kernel in ("portable", "hopper"):
-        leaf = qkv.clone().requires_grad_()
-        found.append(torch.autograd.grad(flash_attention_packed(leaf, 2, kernel=kernel), leaf, dy)[0])
-    oracle = qkv.double().requires_grad_()
-    o, _ = reference.attention(*split_heads(oracle, 2))
-    (expected,) = torch.autograd.grad(o.transpose(1, 2).flatten(2), oracle, dy.double())
-    numerics.assert_gradient_close(found[1], found[0], expected)
+# Which kernels a call takes
+
+
+@pytest.mark.simulate
+@pytest.mark.parametrize(
+    ("change", "forward", "backward"),
+    [
+        ({}, True, True),
+        ({"T": 2000}, True, True),
+        ({"dtype": torch.float32}, False, False),
+        ({"D": 80}, False, False),
+        ({"D": 128}, False, False),  # served, but not known to be faster
+        ({"kv_end": torch.tensor([3], dtype=torch.int32)}, False, False),
+        ({"dropout_p": 0.1}, False, False),
+        ({"arch": "sm_80"}, False, False),
+        ({"arch": "sm_89"}, False, False),
+        ({"skip": 4}, False, False),
+    ],
+    ids=["served", "long", "fp32", "head-dim", "not-measured", "padding", "dropout", "A100", "Ada", "alignment"],
+)
+def test_auto_takes_them_where_the_table_says_so(monkeypatch, change, forward, backward):
+    change = {"dtype": F16, "D": 64, "T": 20, "arch": "sm_90", "skip": 0} | change
+    D, T, dtype, arch, skip = (change.pop(key) for key in ("D", "T", "dtype", "arch", "skip"))
+    taken = []
+    for module, kind in ((choice.forward, "portable"), (choice.hopper, "hopper")):
+        for name in [name for name in vars(module) if re.match("_launch_.*(forward|hopper)$", name)]:
+            monkeypatch.setattr(module, name, _noting(taken, kind, "o"))
+    for module, kind in ((choice.backward, "portable"), (choice.hopper_backward, "hopper")):
+        for name in [name for name in vars(module) if name.endswith("backward") and name.startswith("_launch")]:
+            monkeypatch.setattr(module, name, _noting(taken, kind, "d"))
+    qkv = torch.zeros(skip + T * 3 * D, dtype=dtype)[skip:].view(1, T, 3 * D).requires_grad_()
+    with simulate(arch):
+        flash_attention_packed(qkv, 1, **change).sum().backward()
+        flash_attention(*split_heads(qkv, 1), **change).sum().backward()
+    expected = ["hopper" if forward else "portable", "hopper" if backward else "portable"]
+    assert taken == expected * 2
+
+
+def _noting(taken, kind, what):
+    def launch(*tensors):
+        taken.append(kind)
+        if what == "o" and tensors[0].dim() == 3:
+            qkv, num_heads, _ = tensors
+            B, T, three_C = qkv.shape
+            return qkv.new_zeros(B, T, three_C // 3), qkv.new_zeros(B, num_heads, T, dtype=torch.float32)
+        if what == "o":
+            q = tensors[0]
+            return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32)
+        return torch.zeros_like(tensors[1])
+
+    return launch

@@ -1,0 +1,134 @@
+"""Which kernels compute attention: those of every chip, or Hopper's. By a table and the call, never by a failed try."""
+
+import torch
+from triton.runtime import driver
+
+from kernels.attention import backward, forward, hopper, hopper_backward
+from kernels.configs import HOPPER_CHOSEN
+from kernels.launch import MOST, Bound, forgotten
+from kernels.library import INTERPRETED
+
+KERNELS = ("auto", "portable", "hopper")
+
+_known = forgotten({})  # what Hopper's kernels do not support of a call, by all that this depends on
+
+
+def uses_hopper(function, direction, kernel, tensors, head_dim, options):
+    """Whether Hopper's kernels compute the "forward" or the "backward" of these tensors.
+
+    "hopper" asks for them: ValueError with the reason where they cannot. "auto" takes them where they can and
+    configs.py's table, which goes by the head dim, says that they are faster. A row's bits depend on the choice, so it
+    depends on nothing but the kind of call: not on sizes, and of addresses only on whether 16 divides them.
+    """
+    if kernel == "portable" or (kernel == "auto" and head_dim not in HOPPER_CHOSEN[direction]):
+        return False
+    padded = options.kv_start is not None or options.kv_end is not None
+    reason = _refusal(tensors, head_dim, padded, options.seed is not None)
+    if reason is not None and kernel == "hopper":
+        raise ValueError(f"{function}: kernel='hopper' does not support {reason}; kernel='portable' does")
+    return reason is None
+
+
+def _refusal(tensors, head_dim, padded, dropout):
+    if INTERPRETED:
+        return hopper.refusal(tensors[0].dtype, head_dim, padded, dropout)
+    index, device = tensors[0].get_device(), driver.active.get_current_device()
+    if index >= 0 and index != device:
+        with torch.cuda.device(index):
+            return _refusal(tensors, head_dim, padded, dropout)
+    bits, key = 0, [device, tensors[0].dtype, head_dim, padded, dropout]
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+        key += (tensor.shape, tensor.stride())
+    key = tuple(key)
+    reason = _known.get(key, _known)
+    if reason is _known:
+        reason = hopper.refusal(*key[1:5]) or hopper.strides_refusal(tensors)
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[key] = reason
+    if reason is None and bits & 15:
+        place = next(tensor.data_ptr() for tensor in tensors if tensor.data_ptr() & 15)
+        reason = f"a tensor at {place:#x}: 16-byte alignment is required"
+    return reason
+
+
+def launch_forward(kernel, q, k, v, options):
+    """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2."""
+    is_hopper = uses_hopper("flash_attention", "forward", kernel, (q, k, v), q.shape[3], options)
+    launch = hopper._launch_hopper_forward if is_hopper else forward._launch_attention_forward
+    return launch(q, k, v, options)
+
+
+def launch_packed_forward(kernel, qkv, num_heads, options):
+    """o [B, T, C], and lse [B, H, T], fp32, in units of log2, from qkv [B, T, 3C]."""
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    is_hopper = uses_hopper("flash_attention_packed", "forward", kernel, (qkv,), head_dim, options)
+    return (hopper._launch_packed_hopper if is_hopper else forward._launch_packed_forward)(qkv, num_heads, options)
+
+
+def launch_backward(kernel, do, q, k, v, o, lse, dq, dk, dv, options):
+    """Writes dq, dk and dv, which have the shapes of q, k and v and strides of their own."""
+    tensors = q, k, v, o, dq, dk, dv
+    if uses_hopper("flash_attention", "backward", kernel, tensors, q.shape[3], options):
+        do = _as_copied(do)
+        hopper_backward._launch_hopper_backward(do, q, k, v, o, lse, dq, dk, dv, options)
+    else:
+        backward._launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, options)
+
+
+def launch_packed_backward(kernel, do, qkv, o, lse, num_heads, options):
+    """dqkv [B, T, 3C], contiguous."""
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    if uses_hopper("flash_attention_packed", "backward", kernel, (qkv, o), head_dim, options):
+        return hopper_backward._launch_packed_hopper_backward(_as_copied(do), qkv, o, lse, num_heads, options)
+    return backward._launch_packed_backward(do, qkv, o, lse, num_heads, options)
+
+
+def _as_copied(do):
+    """The gradient, whose memory is nobody's choice, as the copy engine can read it."""
+    strides = [step for size, step in zip(do.shape[:-1], do.stride()) if size > 1]
+    fits = do.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in strides)
+    return do if fits else do.clone(memory_format=torch.contiguous_format)
+
+
+class PackedAttention:
+    """flash_attention_packed, causal, for contiguous qkv [B, T, 3C] of one dtype on one device, each launch Bound.
+
+    padded: whether kv_start or kv_end is given. Tensors are torch's own, at multiples of 16 bytes.
+    """
+
+    def __init__(self, B, T, C, num_heads, dtype, scale, dropout_p, padded):
+        D = C // num_heads
+        self.size = num_heads, T
+        qkv, rows = (3 * T * C, 3 * C, 1), (T * C, C, 1)  # strides
+        can = hopper.refusal(dtype, D, padded, dropout_p != 0.0) is None
+        portable = num_heads, dtype, dropout_p != 0.0, scale, True, dropout_p
+        gluon = num_heads, dtype, scale, True, False
+        self.forward_is_hopper = can and D in HOPPER_CHOSEN["forward"]
+        self.backward_is_hopper = can and D in HOPPER_CHOSEN["backward"]
+        module, options = (hopper, gluon) if self.forward_is_hopper else (forward, portable)
+        self._forward = Bound(module._launch_packed, (B, T, 3 * C), qkv, *options)
+        module, options = (hopper_backward, gluon) if self.backward_is_hopper else (backward, portable)
+        self._dq = Bound(module._launch_packed_dq, (B, T, 3 * C), qkv, rows, rows, *options)
+        self._dkdv = Bound(module._launch_packed_dkdv, (B, T, 3 * C), qkv, rows, rows, *options)
+
+    def forward(self, qkv, o, lse, kv_start, kv_end, seed):
+        """Writes o [B, T, C] and lse [B, H, T]."""
+        if self.forward_is_hopper:
+            self._forward(qkv, qkv, qkv, o, lse, None)
+        else:
+            self._forward(qkv, qkv, qkv, o, lse, kv_start, kv_end, None, seed)
+
+    def backward(self, do, qkv, o, lse, kv_start, kv_end, seed):
+        """dqkv [B, T, 3C]."""
+        dqkv = torch.empty_like(qkv)
+        if self.backward_is_hopper:
+            stats = hopper_backward.new_stats(lse.view(-1, self.size[0], self.size[1]))
+            self._dq(qkv, qkv, qkv, do, o, do, dqkv, lse, stats, None)
+            self._dkdv(qkv, qkv, qkv, do, dqkv, dqkv, stats, None)
+        else:
+            tail = lse, torch.empty_like(lse), kv_start, kv_end, None, seed  # the second is delta
+            self._dq(qkv, qkv, qkv, o, do, dqkv, *tail)
+            self._dkdv(qkv, qkv, qkv, do, dqkv, dqkv, *tail)
+        return dqkv
