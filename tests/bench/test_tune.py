@@ -373,7 +373,7 @@ def test_what_the_processes_compile_is_what_a_call_then_finds_on_disk(tmp_path, 
     monkeypatch.setitem(ATTENTION["sm_90"], ("short forward", 2), {64: PRESENT})
     with compile_only(target, 227 * 1024), monkeypatch.context() as patch:
         patch.setattr(
-            tune, "gates", lambda case, inputs, names: {"triton": SimpleNamespace(options=case.options("cpu"))}
+            tune, "gates", lambda case, inputs, names: {tune.OURS: SimpleNamespace(options=case.options("cpu"))}
         )
         trial = tune.Trial(torch.device("cpu"), "bfloat16", 64, 48)
         large = AttentionConfig(64, 64, 4, 4)
@@ -383,7 +383,7 @@ def test_what_the_processes_compile_is_what_a_call_then_finds_on_disk(tmp_path, 
         before = sorted(tmp_path.rglob("*.cubin"))
         trial.use("forward", OTHER)
         for inputs, _ in trial.gates:
-            tune.make_call("forward", "triton", inputs, {"causal": True})()
+            tune.make_call("forward", tune.OURS, inputs, {"causal": True})()
     assert len(before) == 2
     assert sorted(tmp_path.rglob("*.cubin")) == before
     values, status = made[0]
