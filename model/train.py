@@ -16,7 +16,7 @@ pure-bfloat16  fp32 (master weights)                        bf16                
 pure-bfloat16 computes with a bf16 copy of the weights, made at each micro-batch; each bf16 gradient is added to the
 fp32 one. All checkpoints hold fp32. Sums within a kernel are fp32 always.
 
-With --shard each process saves what it holds (torch.distributed.checkpoint, as safetensors), and the first one the whole
+With --shard each process saves what it holds (torch.distributed.checkpoint, as safetensors), and the first one all
 weights for from_pretrained. --resume takes any number of processes, with or without --shard, if --accumulate times
 their number stays.
 """

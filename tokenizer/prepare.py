@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import sys
 import sysconfig
 from concurrent.futures import ProcessPoolExecutor
@@ -28,9 +27,8 @@ from .shards import LIMIT, shard_paths, whole_file, write_shard
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 SHARD_TOKENS = 50_000_000
-BATCH = 1 << 20  # characters that a process is given at once
+BATCH = 1 << 21  # characters that a process is given at once
 STATE = "prepare.json"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def main(arguments=None):
@@ -100,9 +98,8 @@ def prepare(sources, out, tokenizer, *, processes=1, validate=100, shard_tokens=
     done = state.get("documents", 0)
     numbered = enumerate(documents(paths))
     with _bar(sum(asked["bytes"]), progress) as bar:
-        for ids, size in _encoded(tokenizer, _batches(islice(numbered, done, None)), processes):
-            for number, row in ids:
-                row = np.concatenate((row, end)).astype(np.uint16)
+        for rows, size in _encoded(tokenizer, end[0], _batches(islice(numbered, done, None)), processes):
+            for number, row in rows:
                 if is_one and len(row) >= 2 * validate:
                     kept = len(row) - len(row) // validate
                     writers["train"].add(row[:kept])
@@ -180,11 +177,12 @@ def _text_of(line, path, number):
         raise ValueError(f"prepare: {path}, line {number}: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError(f'prepare: {path}, line {number} must be an object with a string "text"')
-    lone = _SURROGATE.search(value["text"])
-    if lone:
+    try:
+        value["text"].encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"prepare: {path}, line {number}: character {lone.start()} of its text is half a surrogate pair"
-        )
+            f"prepare: {path}, line {number}: character {error.start} of its text is half a surrogate pair"
+        ) from None
     return value["text"]
 
 
@@ -201,12 +199,12 @@ def _batches(numbered):
         yield batch
 
 
-def _encoded(tokenizer, batches, processes):
-    """For each batch, in order: ([(number, ids)], its bytes)."""
+def _encoded(tokenizer, end, batches, processes):
+    """For each batch, in order: ([(number, ids and what ends a document)], its bytes)."""
     if processes == 1:
-        yield from map(_Encoder(tokenizer), batches)
+        yield from map(_Encoder(tokenizer, end), batches)
         return
-    with ProcessPoolExecutor(processes, initializer=_start, initargs=(tokenizer,)) as pool:
+    with ProcessPoolExecutor(processes, initializer=_start, initargs=(tokenizer, end)) as pool:
         waiting = []
         for batch in batches:
             waiting.append(pool.submit(_encode, batch))
@@ -217,21 +215,24 @@ def _encoded(tokenizer, batches, processes):
 
 
 class _Encoder:
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, end):
+        self.tokenizer, self.end = tokenizer, end
 
     def __call__(self, batch):
-        rows = self.tokenizer.encode_ordinary_batch([text for _, text in batch])
-        ids = [(number, np.array(row, np.uint16)) for (number, _), row in zip(batch, rows)]
-        return ids, sum(len(text.encode()) for _, text in batch)
+        numbers, texts = zip(*batch)
+        ids, counts = self.tokenizer._encode_to_arrays(list(texts))
+        ends = np.cumsum(counts)
+        ids = np.insert(ids.astype(np.uint16), ends, self.end)
+        rows = np.split(ids, ends[:-1] + np.arange(1, len(ends)))
+        return list(zip(numbers, rows)), sum(len(text.encode()) for text in texts)
 
 
 _encode_here: "_Encoder"  # of a worker process
 
 
-def _start(tokenizer):
+def _start(tokenizer, end):
     global _encode_here
-    _encode_here = _Encoder(tokenizer)
+    _encode_here = _Encoder(tokenizer, end)
 
 
 def _encode(batch):

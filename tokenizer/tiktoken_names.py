@@ -50,6 +50,10 @@ class TiktokenNames(NamedTokens):
         except UnicodeEncodeError:  # half a surrogate pair: one by one, with an error that says where
             return [self.encode_ordinary(one) for one in texts]
 
+    def _encode_to_arrays(self, texts):
+        """As encode_ordinary_batch, in arrays: all ids (int32) one behind the other, and how many each text has."""
+        return self._memo.encode_to_arrays([self._prefixed(one) for one in texts])
+
     def encode_to_numpy(self, text: str, **special: Any) -> Any:
         """As `encode`, in a uint32 array."""
         import numpy

@@ -32,7 +32,8 @@ class FinePieces:
     def closing(self):
         """The letters that no token joins to what follows, in order (str)."""
         joined = _joined_ends(self.token_bytes)
-        return "".join(c for c in letters(FIRST, LAST) if not any(c.encode()[i:] in joined for i in range(3)))
+        each = ((c, c.encode()) for c in letters(FIRST, LAST))
+        return "".join(c for c, b in each if not (b in joined or b[1:] in joined or b[2:] in joined))
 
     @cached_property
     def _pattern(self):

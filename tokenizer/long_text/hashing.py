@@ -36,16 +36,22 @@ class Table:
         open = np.flatnonzero((held != b) | (self.a[slots] != a))
         held = held[open]
         while len(open):
-            slots[open[held == 0]] = -1
-            open = open[held != 0]
+            is_free = held == 0
+            slots[open[is_free]] = -1
+            open = open[~is_free]
             slots[open] = at = slots[open] + 1 & self.size - 1
             held = self.b[at]
             differs = (held != b[open]) | (self.a[at] != a[open])
             open, held = open[differs], held[differs]
         return slots
 
+    def used_keys(self):
+        """(slots, a, b) of all keys."""
+        slots = np.flatnonzero(self.b)
+        return slots, self.a[slots], self.b[slots]
+
     def claim(self, a, b):
-        """Gives each key a slot. Returns the positions of those that had none, of equal ones only one."""
+        """Gives each key a slot: (slots, the positions of those that had none, of equal ones only one)."""
         slots, open, new = self._first_slots(a, b), np.arange(len(a)), []
         while len(open):
             at = slots[open]
@@ -63,9 +69,13 @@ class Table:
             slots[open] = at[differs] + 1 & self.size - 1
         claimed = np.concatenate(new) if new else open
         self.used += len(claimed)
-        return claimed
+        return slots, claimed
 
     def _first_slots(self, a, b):
-        mixed = (a ^ b * _MIX_B) * _MIX_A
-        mixed = (mixed ^ mixed >> _HALF) * _MIX_A
-        return (mixed >> self._shift).astype(np.intp)
+        mixed = b * _MIX_B  # (a ^ b B) A = m, then (m ^ m >> 32) A, of which the upper bits; all in place
+        mixed ^= a
+        mixed *= _MIX_A
+        mixed ^= mixed >> _HALF
+        mixed *= _MIX_A
+        mixed >>= self._shift
+        return mixed.view(np.int64)

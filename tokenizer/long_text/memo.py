@@ -1,16 +1,9 @@
 """Exact memoisation: what a piece's tokens are depends on the piece alone, so remembering them changes no result."""
 
-import re
 from itertools import chain
-
-from ..unicode_classes import WHITESPACE
 
 MAX_KEY = 100  # characters: a longer piece is not remembered
 PIECES_BYTES = 16 << 20
-
-# ASCII whitespace that starts a run: a cut inside one would part what may be one token.
-_RUN = re.compile(f"[\t-\r ](?<![{WHITESPACE}][\t-\r ])")
-_SPACES = "".join(re.findall(f"[{WHITESPACE}]", "".join(map(chr, range(0x3001)))))
 
 
 class Pieces(dict):
@@ -79,32 +72,33 @@ class Memo:
         self._seen += len(text)
         if len(text) < self.long_text or self._seen < self.much_text:
             return self._pieces.encode(text)
-        run = _RUN.search(text)
-        head = run.start() if run else len(text)
-        ids = self._numpy_words().encode(text[head:].encode())
-        ids[:0] = self._pieces.encode(text[:head])
-        return ids
+        ids, _ = self._numpy_words().encode([text.encode()])
+        return ids.tolist()
 
     def encode_many(self, texts):
-        """Token ids (list[int]) of each of texts, as encode gives them one by one; short ones go together.
-
-        Where a text ends nothing but a run of whitespace depends on what follows: so each is taken from its first
-        whitespace on and without its last run, and then they stand one behind the other as one text would.
-        """
-        size = sum(map(len, texts))
-        if self._seen + size < self.much_text:
+        """Token ids (list[int]) of each of texts, as encode gives them one by one; short ones go together."""
+        if not self._is_much(texts):
             return [self.encode(text) for text in texts]
-        self._seen += size
-        heads, bodies, ends = [], [], []
-        for text in texts:
-            end = len(text.rstrip(_SPACES))
-            run = _RUN.search(text, 0, end)
-            head = run.start() if run else end
-            heads.append(self._pieces.encode(text[:head]))
-            bodies.append(text[head:end].encode())
-            ends.append(self._pieces.encode(text[end:]))
-        middles = self._numpy_words().encode_many(bodies)
-        return [head + middle + end for head, middle, end in zip(heads, middles, ends)]
+        ids, counts = self._encode_together(texts)
+        ids, ends = ids.tolist(), counts.cumsum().tolist()
+        return [ids[start:end] for start, end in zip([0, *ends], ends)]
+
+    def encode_to_arrays(self, texts):
+        """As encode_many, in arrays: the ids of all texts (int32), one behind the other, and how many each has."""
+        import numpy as np
+
+        if self._is_much(texts):
+            return self._encode_together(texts)
+        rows = [self.encode(text) for text in texts]
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.fromiter(chain.from_iterable(rows), np.int32, counts.sum()), counts
+
+    def _is_much(self, texts):
+        return self._seen + sum(map(len, texts)) >= self.much_text
+
+    def _encode_together(self, texts):
+        self._seen += sum(map(len, texts))
+        return self._numpy_words().encode([text.encode() for text in texts])
 
     def _numpy_words(self):
         if self._words is None:

@@ -11,12 +11,13 @@ reaches up to the next whitespace and is a whole number of pieces.
 
 import re
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from ..unicode_classes import WHITESPACE, ranges_of_letters_and_numbers
 
-BLOCK = 1 << 20  # bytes
+BLOCK = 1 << 21  # bytes
 SHORT = 15  # bytes: what a number of 128 bits holds beside a length
 
 # Before whitespace that is the last of its run: nothing follows that is, or begins, a whitespace character.
@@ -44,7 +45,8 @@ class Spans:
     def __init__(self, text, starts, lengths, padded=None):
         self.padded = text + _PADDING if padded is None else padded
         self.bytes = np.frombuffer(self.padded, np.uint8)
-        self.starts, self.lengths = starts, lengths
+        self.starts: Any = starts
+        self.lengths: Any = lengths
 
     def __len__(self):
         return len(self.starts)
@@ -91,8 +93,26 @@ def blocks(text):
     yield text[start:]
 
 
-def words(text):
-    """(Spans, is_run): the words of UTF-8 (bytes) that starts with whitespace, and which of them are runs of it."""
+def together(texts):
+    """Lists of texts of about BLOCK bytes in all, and the number of each; long texts come in parts, empty ones not."""
+    numbers, parts, size = [], [], 0
+    for number, text in enumerate(texts):
+        for part in blocks(text) if text else ():
+            numbers.append(number)
+            parts.append(part)
+            size += len(part)
+            if size >= BLOCK:
+                yield numbers, parts
+                numbers, parts, size = [], [], 0
+    if parts:
+        yield numbers, parts
+
+
+def words(text, ends):
+    """(Spans, is_run): the words of texts in UTF-8 (bytes), and which of them are runs of whitespace.
+
+    ends: where each of the texts ends, none of which is empty. Its first word may begin with any character.
+    """
     n = len(text)
     cut = Spans(text, None, None)
     with_end = cut.bytes[: n + 1]
@@ -108,6 +128,15 @@ def words(text):
         for i in range(1, width):
             is_start[at + i] = False
         is_start[at] = ~(is_space[at - 1] & is_space[at + width])
+    # The first and the last character of a text stand beside another text, which must not matter.
+    first = ends - np.diff(ends, prepend=0)
+    (at_end,) = np.nonzero(is_space[ends - 1])
+    last = ends[at_end] - 1
+    for _ in range(2):
+        last -= with_end[last] & 0xC0 == 0x80
+    last = last[last > first[at_end]]
+    is_start[last] = ~is_space[last - 1]
+    is_start[first] = True
     cut.starts = np.flatnonzero(is_start)
     cut.lengths = np.diff(cut.starts, append=n)
     return cut, is_space[cut.starts + cut.lengths - 1]
@@ -121,22 +150,28 @@ def pieces(words, closing):
     is_ascii = words.padded.isascii()
     text = words.bytes if is_ascii else np.frombuffer(words.padded.decode().encode("utf-32-le"), np.uint32)
     kind = _classes()[text]
-    # A piece starts where the class changes, but not behind a space.
+    characters: Any = None if is_ascii else np.flatnonzero(words.bytes & 0xC0 != 0x80)  # where each begins
+    first = words.starts if is_ascii else np.searchsorted(characters, words.starts)
+    is_first = np.zeros(len(text), bool)
+    is_first[first] = True
+    # A piece starts where the class changes, but not behind a space; and where a word does.
     is_start = np.ones(len(text), bool)
     is_start[1:] = (kind[1:] != kind[:-1]) & (kind[:-1] != _SPACE)
     if not is_ascii:
         is_start[1:] |= closing()[text[:-1]]
+    is_start |= is_first
     # A contraction is a piece, unless its quote stands behind another sign or a space.
     (quote,) = np.nonzero(text == _QUOTE)
-    quote = quote[(kind[quote - 1] != _SIGN) & (kind[quote - 1] != _SPACE)]
-    second, third = text[quote + 1], text[quote + 2]
+    quote = quote[(kind[quote - 1] != _SIGN) & (kind[quote - 1] != _SPACE) | is_first[quote]]
+    quote = quote[~is_first[quote + 1]]
+    second, third = text[quote + 1], np.where(is_first[quote + 2], 0, text[quote + 2])
     pair = second.astype(np.int64) << 21 | third
     for length, ends in ((2, np.isin(second, _ONE_LETTER)), (3, np.isin(pair, _TWO_LETTERS))):
         is_start[quote[ends] + 1] = False
         is_start[quote[ends] + length] = True
     starts = np.flatnonzero(is_start)
     if not is_ascii:  # from characters to bytes
-        starts = np.flatnonzero(words.bytes & 0xC0 != 0x80)[starts]
+        starts = characters[starts]
     n = len(words.bytes) - len(_PADDING)
     starts = starts[: np.searchsorted(starts, n)]
     cut = Spans(None, starts, np.diff(starts, append=n), words.padded)

@@ -59,48 +59,37 @@ class Words:
         self._ids, self._kept = np.empty(2 * number + 1024, np.int32), 0  # of one word after the other
         self._long = {}  # {word: where its ids begin << 32 | their number}
         self._set_table(Table(2 * number))
-        self._table.claim(*self._known)
-        self._set(self._table.find(*self._known), self._keep(self._known_ids, np.ones(number, np.int64)), 1)
+        slots, _ = self._table.claim(*self._known)
+        self._set(slots, self._keep(self._known_ids, np.ones(number, np.int64)), 1)
         self._is_whole = True
 
-    def encode(self, text):
-        """Token ids (list[int]) of UTF-8 (bytes) that starts with whitespace."""
-        ids = []
+    def encode(self, texts):
+        """Token ids (int32) of texts, each UTF-8 (bytes), one behind the other, and how many each has (int64)."""
+        ids, counts = [np.empty(0, np.int32)], np.zeros(len(texts), np.int64)
         with self._lock:
-            for _, _, _, some in self._encoded(text):
-                ids += some.tolist()
-        return ids
+            for owners, parts in spans.together(texts):
+                some, number = self._encode_parts(parts)
+                ids.append(some)
+                np.add.at(counts, owners, number)
+            if len(self._ids) > 2 * MOST_IDS:
+                self._ids = self._ids[: self._kept].copy()
+        return np.concatenate(ids), counts
 
-    def encode_many(self, texts):
-        """Token ids (list[int]) of each of texts: UTF-8 (bytes) that starts with whitespace and does not end with it,
-        or is empty."""
-        sizes = np.fromiter(map(len, texts), np.int64, len(texts))
-        ends, ids, number, offset = np.cumsum(sizes), [], np.zeros(len(texts), np.int64), 0
-        with self._lock:
-            for size, starts, counts, some in self._encoded(b"".join(texts)):
-                ids += some.tolist()
-                # A text begins where a word does: of the words that begin before its end, those not counted before.
-                owner = np.searchsorted(ends, starts + offset, side="right")
-                number += np.bincount(owner, counts, len(texts)).astype(np.int64)
-                offset += size
-        last = np.cumsum(number).tolist()
-        return [ids[start:end] for start, end in zip([0, *last], last)]
-
-    def _encoded(self, text):
-        """Of each block of text: its bytes, where its words begin, how many ids each has, and all ids."""
-        for block in spans.blocks(text) if text else ():
-            if not self._is_whole:
-                self._clear()
-            self._is_whole = False  # a word may have its slot and not yet its ids, and an interrupt may come
-            words, is_run = spans.words(block)
-            first, count, lasting = self._look_up(words, is_run)
-            yield len(block), words.starts, count, self._ids[stretches(first, count)]
-            self._kept = lasting
-            self._is_whole = True
-            if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
-                self._clear()
-        if len(self._ids) > 2 * MOST_IDS:
-            self._ids = self._ids[: self._kept].copy()
+    def _encode_parts(self, parts):
+        """(ids, how many each part has) of parts of about a block in all, none of them empty."""
+        if not self._is_whole:
+            self._clear()
+        self._is_whole = False  # a word may have its slot and not yet its ids, and an interrupt may come
+        ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
+        words, is_run = spans.words(b"".join(parts), ends)
+        first, count, lasting = self._look_up(words, is_run)
+        ids = self._ids[stretches(first, count)]
+        number = np.add.reduceat(count, np.searchsorted(words.starts, ends - np.diff(ends, prepend=0)), dtype=np.int64)
+        self._kept = lasting
+        self._is_whole = True
+        if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
+            self._clear()
+        return ids, number
 
     def _look_up(self, words, is_run):
         """(first, count, lasting): where the ids of each word begin in _ids, and how many they are.
@@ -200,19 +189,18 @@ class Words:
             part = absent[start : start + _CLAIMED]
             if not self._table.has_room(len(part)):
                 self._grow(len(part))
-            new.append(part[self._table.claim(a[part], b[part])])
+            slots[part], claimed = self._table.claim(a[part], b[part])
+            new.append(part[claimed])
         if self._table is not old:
             slots = self._table.find(a, b)
-        else:
-            slots[absent] = old.find(a[absent], b[absent])
         return slots, np.concatenate(new)
 
     def _grow(self, number):
         old, first, count = self._table, self._first, self._count
-        used = np.flatnonzero(old.b)
-        self._set_table(Table(2 * (old.used + number)))
-        self._table.claim(old.a[used], old.b[used])
-        self._set(self._table.find(old.a[used], old.b[used]), first[used], count[used])
+        used, *keys = old.used_keys()
+        self._set_table(Table(old.used + number))
+        slots, _ = self._table.claim(*keys)
+        self._set(slots, first[used], count[used])
 
     def _set(self, slots, first, count):
         self._first[slots], self._count[slots] = first, count
