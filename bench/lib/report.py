@@ -107,7 +107,7 @@ def unpack(out, work):
 def text(environment, outcomes, results, tests, charts):
     parts = [head(environment), stages(outcomes, results, tests), failures(results, tests)]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in charts]
-    parts += [comparison(results), ceilings(results)]
+    parts += [comparison(results), tuning(results), ceilings(results)]
     parts += [tables(name, data) for name, data in results.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -173,7 +173,7 @@ def failures(results, tests):
 
 def comparison(results):
     """Attention over sequence lengths beside what others have published."""
-    parts = []
+    parts, sources = [], list(dict.fromkeys(p.source for p in published.ATTENTION))
     for stage in ("published", "lengths"):
         mine = [
             row
@@ -192,17 +192,40 @@ def comparison(results):
                     ]
             lengths = sorted({T for figures in (*ours.values(), *(p.tflops for p in theirs)) for T in figures})
             rows = [(name, *(cell(known.get(T, "-")) for T in lengths)) for name, known in ours.items()]
-            rows += [(f"{p.name}, {p.gpu} (published)", *(p.tflops.get(T, "-") for T in lengths)) for p in theirs]
+            rows += [
+                (f"{p.name}, {p.gpu} [{1 + sources.index(p.source)}]", *(p.tflops.get(T, "-") for T in lengths))
+                for p in theirs
+            ]
             title = f"{mode}, D = {D}, {'causal' if causal else 'full'}, TFLOP/s over T"
             parts.append(f"### {title}\n\n" + markdown(("", *map(str, lengths)), rows))
     if not parts:
         return ""
-    sources = "; ".join(dict.fromkeys(p.source for p in published.ATTENTION))
+    listed = "\n".join(f"{n}. {source}" for n, source in enumerate(sources, 1))
     return (
         "## Beside published figures\n\n"
         + "\n\n".join(parts)
-        + f"\n\nPublished: B T = 16k, H D = 2048, fp16; {sources}."
+        + f"\n\nNumbered: published, with B T = 16k, H D = 2048, fp16, on its authors' machine.\n\n{listed}"
     )
+
+
+def tuning(results):
+    """What was chosen for each row of the table of tile shapes, and what became of the others."""
+    groups = {}
+    for name, data in results.items():
+        for row in data["rows"] if name.startswith("tune/") else ():
+            groups.setdefault((row["direction"], row["dtype"], row["D"]), []).append(row)
+    if not groups:
+        return ""
+    lines = []
+    for (direction, dtype, D), rows in groups.items():
+        chosen = next((row for row in rows if row["chosen"]), None)
+        tile = [chosen[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")] if chosen else "-"
+        counts = Counter(kind(row["status"]) for row in rows)
+        lines.append(
+            (direction, f"{dtype}, D = {D}", tile, cell(chosen["median_ms"]) if chosen else "-")
+            + (", ".join(f"{n} {status}" for status, n in counts.most_common()),)
+        )
+    return "## Tuning\n\n" + markdown(("direction", "of", "chosen", "median ms", "candidates"), lines)
 
 
 def ceilings(results):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from bench import run_all
-from bench.lib import report, stages
+from bench.lib import published, report, stages
 from bench.lib.record import ROOT, environment_of
 from bench.lib.stages import STAGES, Outcome, Stage, Visit, load_outcomes, run, save_outcomes
 
@@ -275,8 +276,9 @@ def test_the_report_says_what_failed_and_stands_beside_what_is_published(tmp_pat
     assert "triton: not captured: error: X" in text
     assert "a case gave no rows: error: ValueError: of its own" in text
     assert "| triton, here (H = 12, float16) | - | 301.5 |" in text
-    assert "| FlashAttention-3, H100 SXM (published) | 197 | 265 |" in text
-    assert "arXiv:2407.08608" in text
+    assert "| FlashAttention-3, H100 SXM [1] | 197 | 265 |" in text
+    for n, source in enumerate(dict.fromkeys(row.source for row in published.ATTENTION), 1):
+        assert f"\n{n}. {source}" in text
     assert "| forward | 1024 | 0.5000 (302) | error |" in text
     assert len(json.loads((out / "results.json").read_text())["tests"]) == 2
 
@@ -287,6 +289,41 @@ def test_the_report_says_what_failed_and_stands_beside_what_is_published(tmp_pat
     log = (again / "lengths" / "log.txt").read_text()
     assert len(log) < 2**19
     assert log.endswith("the end")
+
+
+def test_each_published_figure_has_its_source_and_all_are_shown():
+    assert {row.source for row in (*published.ATTENTION, *published.OTHERS)} == set(published.SOURCES.values())
+    for row in published.ATTENTION:
+        assert re.search(r"arXiv:\d{4}\.\d{5}, figure \d: ", row.source)
+        assert row.gpu.split()[0] in row.source
+        assert row.mode.split()[0] in row.source
+        assert list(row.tflops) == [512, 1024, 2048, 4096, 8192, 16384]
+    shown = report.ceilings(
+        {"ceilings/x.json": {"rows": [{"what": "a", "dtype": "b", "size": 1, "value": 1.0, "unit": "c"}]}}
+    )
+    for figure in published.OTHERS:
+        assert f"| {figure.what} | {figure.value:g} | {figure.unit} | {figure.gpu}: {figure.source} |" in shown
+
+
+def test_the_report_says_what_tuning_chose():
+    row = {
+        "direction": "dq",
+        "dtype": "bfloat16",
+        "D": 64,
+        "BLOCK_M": 64,
+        "BLOCK_N": 32,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    rows = [
+        row | {"chosen": True, "median_ms": 0.25, "status": "ok"},
+        row | {"chosen": False, "median_ms": None, "status": "left out: spills 200 bytes a thread, more than 128"},
+        row | {"direction": "dkdv", "chosen": False, "median_ms": None, "status": "not reached: the time was up"},
+    ]
+    text = report.tuning({"tune/tune_attention.json": {"rows": rows}, "lengths/x.json": {"rows": [{}]}})
+    assert "| dq | bfloat16, D = 64 | [64, 32, 4, 2] | 0.2500 | 1 ok, 1 left out |" in text
+    assert "| dkdv | bfloat16, D = 64 | - | - | 1 not reached |" in text
+    assert report.tuning({}) == ""
 
 
 # The rehearsal
