@@ -3,10 +3,13 @@
     python bench/model_sweep.py                                  # what this machine can do
     python bench/model_sweep.py --pair sdpa triton --size gpt2-large --dtype float16
     python bench/model_sweep.py --pair transformers-sdpa sdpa    # where transformers is installed
+    python bench/model_sweep.py --mode decoding --pair triton-plain triton-int8 --size gpt2     # two ways of decoding
 
 training    forward and backward of the loss, no optimiser: time per batch.
 decoding    one token after T - 1 in the cache: its latency. On a GPU ours replay a CUDA graph, as generate() does;
-            what generate() adds around the model is not in it.
+            what generate() adds around the model is not in it. triton takes the way that generate() takes,
+            triton-plain, triton-fused and triton-int8 the one of their name. With it: the bytes that a step must read
+            a second, their share of what a copy moves here, and how many kernels and copies a step launches.
 inference   a forward pass over T tokens, logits of the last position: the diagram, over batch sizes.
 
 The shapes are the page's. A CPU leaves out the largest batches of training, which appear as not measured unless --batch
@@ -28,11 +31,12 @@ if not __package__:  # run by its path: the checkout is found from there
 
 from bench.lib.cli import Parser, UsageError, positive
 from bench.lib.clock import TIMES, attempt, measure, peak_memory_mb
+from bench.lib.decoded import DECODED, decoded
 from bench.lib.files import write_file
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
 from bench.lib.live_bytes import LiveBytes
-from bench.lib.providers import THEIRS, Provider, build, gate, refuse, refuse_lengths
+from bench.lib.providers import PATHS, THEIRS, Provider, build, gate, refuse, refuse_lengths
 from bench.lib.record import NOT_MEASURED, Record, cell
 from model import attention_backends
 from model.attention.outside import add_import_option
@@ -64,6 +68,7 @@ COLUMNS = (
     "p80_ms",
     "host_us",
     "peak_memory_mb",
+    *DECODED,
     "error",
     "status",
 )
@@ -87,7 +92,7 @@ def rows_of(args, providers, judged, mode, B, T, is_left_out, lost=lambda name: 
         error, status = judged[provider.name]
         status = NOT_MEASURED if status == OK and is_left_out else lost(provider.name) or status
         entry = {"backend": provider.name, "mode": mode, "size": args.size, "dtype": args.dtype, "B": B, "T": T}
-        entry |= dict.fromkeys((*TIMES, "peak_memory_mb"))
+        entry |= dict.fromkeys((*TIMES, "peak_memory_mb", *DECODED))
         rows.append(entry | {"error": error, "lane": args.device.type, "status": status})
         if status == OK:
             entries[provider.name] = rows[-1]
@@ -103,8 +108,11 @@ def rows_of(args, providers, judged, mode, B, T, is_left_out, lost=lambda name: 
     on_cpu = {"limit_s": CPU_LIMIT_S, "is_warm": True} if args.device.type == "cpu" else {}
     # Gaps of the host are part of a model's time; what a graph could do, decoding does.
     timings = measure(makes, args.device, quick=args.quick, ahead=False, graphs=False, **on_cpu)
-    for name, timing in timings.items():
-        entries[name].update(timing)
+    for provider in providers:
+        if provider.name in timings:
+            entries[provider.name].update(timings[provider.name])
+            if mode == "decoding":
+                entries[provider.name].update(decoded(provider, B, T, timings[provider.name]["median_ms"], args))
     return rows
 
 
@@ -181,7 +189,7 @@ def _from_nothing(args, name, mode, B, T):
 
 def parser():
     result = Parser("bench/model_sweep.py", __doc__, check=complete)
-    known = (*attention_backends(), "one that --import registers", *THEIRS)
+    known = (*attention_backends(), "one that --import registers", *PATHS, *THEIRS)
     result.add_argument("--pair", nargs=2, metavar="NAME", help=f"two of {', '.join(known)}")
     add_import_option(result)
     result.add_argument("--size", choices=PRESETS, help="default: gpt2-large on a GPU, as on the page; else distilgpt2")
@@ -200,6 +208,8 @@ def complete(args):
     args.pair = args.pair or (["sdpa", "triton"] if on_gpu else ["eager", "sdpa"])
     for name in args.pair:
         refuse("--pair", name, args, unequal_lengths="decoding" in args.mode)
+        if name in PATHS and args.mode != ["decoding"]:
+            raise UsageError(f"--pair {name}: a way of decoding; --mode decoding is required")
     if args.pair[0] == args.pair[1]:
         raise UsageError(f"--pair {args.pair[0]} {args.pair[1]}: two different providers are required")
     refuse_lengths(args)

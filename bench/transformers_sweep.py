@@ -5,7 +5,9 @@
 
 import      `from model import GPT2` against `from transformers import GPT2LMHeadModel`, each in a new process.
 prefill     a forward pass of 512 tokens that fills a new cache, logits of the last position.
-decoding    one token for each row after T - 1 in the cache.
+decoding    one token for each row after T - 1 in the cache. With triton one row also goes each way of it: the
+            kernels of the forward pass, those of kernels/decode, the same with int8 weights. Beside the time: the bytes
+            that a step must read a second, their share of what a copy moves, the kernels and copies of a step.
 generate    each library's own generate(), greedy: a prompt of T tokens and 32 new ones.
 
 Weights are random, from one seed. Before anything is timed, logits are held against float64 by the tolerance rule of
@@ -25,9 +27,10 @@ if not __package__:  # run by its path: the checkout is found from there
 
 from bench.lib.cli import Parser, UsageError
 from bench.lib.clock import TIMES, measure, summary
+from bench.lib.decoded import DECODED, decoded
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
-from bench.lib.providers import NEW_TOKENS, THEIRS, Provider, build, gate, refuse
+from bench.lib.providers import NEW_TOKENS, PATHS, THEIRS, Provider, build, gate, refuse
 from bench.lib.record import Record, progress
 from model import attention_backends
 from model.attention.outside import add_import_option
@@ -47,7 +50,19 @@ CASES = (
 QUICK = tuple({(mode, B, 32): ((mode, B, 32), clock) for (mode, B, _), clock in CASES}.values())
 IMPORTS = {"ours": "from model import GPT2", BASELINE: "from transformers import GPT2LMHeadModel"}
 IMPORT_ROUNDS = {"cpu": 8, "cuda": 2}  # a GPU's minutes are for the GPU
-COLUMNS = ("case", "backend", "median_ms", "p20_ms", "p80_ms", "host_us", "tokens_per_s", "speedup", "error", "status")
+COLUMNS = (
+    "case",
+    "backend",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "host_us",
+    "tokens_per_s",
+    "speedup",
+    *DECODED,
+    "error",
+    "status",
+)
 
 
 def import_ms(statement):
@@ -83,7 +98,8 @@ def import_rows(args):
 
 def rows_of(args, providers, judged, mode, B, T, rounds, budget_ms, lost=lambda name: None):
     """The rows of one case, ours before transformers'. lost(name): why a provider must not run here, or None."""
-    statuses = {name: lost(name) or status for name, (_, status) in judged.items()}
+    providers = [p for p in providers if p.name not in PATHS or (mode, B) == ("decoding", 1)]
+    statuses = {p.name: lost(p.name) or judged[p.name][1] for p in providers}
     if mode == "generate" and statuses[args.backend] == OK:
         statuses[args.backend] = same_tokens(providers, args.dtype, B, T)
     makes = {p.name: partial(getattr(p, mode), B, T) for p in providers if statuses[p.name] == OK}
@@ -92,25 +108,30 @@ def rows_of(args, providers, judged, mode, B, T, rounds, budget_ms, lost=lambda 
     timings = measure(makes, args.device, ahead=False, graphs=False, **clock)
     new = {"generate": NEW_TOKENS, "decoding": 1}.get(mode)
     rows = []
-    for name, status in statuses.items():
+    for provider in providers:
+        name, status = provider.name, statuses[provider.name]
         entry = row(args, f"{mode} B={B} T={T}", name, B, T) | {"mode": mode, "error": judged[name][0]}
         entry |= timings.get(name, {"status": status})
         if new and entry["median_ms"]:
             entry["tokens_per_s"] = 1e3 * B * new / entry["median_ms"]
+        if mode == "decoding":
+            entry |= decoded(provider, B, T, entry["median_ms"], args)
         rows.append(entry)
     return with_speedup(rows)
 
 
 def with_speedup(rows):
-    ours, theirs = rows
-    if ours["median_ms"] and theirs["median_ms"]:
-        ours["speedup"] = theirs["median_ms"] / ours["median_ms"]
+    """The rows of a case, transformers' the last, with what each of ours gains over that."""
+    *ours, theirs = rows
+    for mine in ours:
+        if mine["median_ms"] and theirs["median_ms"]:
+            mine["speedup"] = theirs["median_ms"] / mine["median_ms"]
     return rows
 
 
 def row(args, case, backend, B, T):
     shared = {"size": args.size, "dtype": args.dtype, "lane": args.device.type}
-    unmeasured = dict.fromkeys((*TIMES, "tokens_per_s", "speedup"))
+    unmeasured = dict.fromkeys((*TIMES, "tokens_per_s", "speedup", *DECODED))
     return {"case": case, "backend": backend, "B": B, "T": T, **unmeasured, **shared}
 
 
@@ -118,7 +139,7 @@ def ahead(argv):
     """What bench/compile_ahead.py is to make once, (label, call): each pass of ours, of one layer of the size."""
     args = parser().understand(argv)
     for mode, B, T in [shape for shape, _ in (QUICK if args.quick else CASES)]:
-        for name in [args.backend]:
+        for name in (args.backend, *(PATHS if (mode, B, args.backend) == ("decoding", 1, "triton") else ())):
             if name not in THEIRS:
                 yield f"{mode}, {name}, {args.size}, {args.dtype}", partial(_from_nothing, args, name, mode, B, T)
 
@@ -145,6 +166,8 @@ def complete(args):
     refuse("the baseline", BASELINE, args)
     if args.backend in THEIRS:
         raise UsageError(f"--backend {args.backend}: it is transformers'; one of ours is required")
+    if args.backend in PATHS:
+        raise UsageError(f"--backend {args.backend}: a way of decoding, timed with --backend triton")
     refuse("--backend", args.backend, args, unequal_lengths=True)
 
 
@@ -152,7 +175,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     with Record(args, columns=COLUMNS) as record:
         ours = build(args.size, args.device, args.dtype)
-        providers = [Provider(name, ours) for name in (args.backend, BASELINE)]
+        paths = PATHS if args.backend == "triton" else ()
+        providers = [Provider(name, ours) for name in (args.backend, *paths, BASELINE)]
         judged = gate(providers, ours)
         for case in record.missing(QUICK if args.quick else CASES, "against transformers"):
             (mode, B, T), clock = case

@@ -14,6 +14,7 @@ from bench.lib.lanes import DTYPES
 from model import GPT2, GPT2Config, attention_backends
 from model.attention import get_attention
 from model.cache import KVCache
+from model.generation.rounded import rounded
 from model.generation.settings import Settings
 from model.layers.onednn import using
 from model.training.captured import CapturedGradients
@@ -22,15 +23,24 @@ from model.training.optimizer import adamw
 THEIRS = ("transformers-eager", "transformers-sdpa")
 COMPILED = "sdpa-compiled"  # our module on PyTorch's own operations, for inductor to fuse; of a training step alone
 PYTORCHS = ("eager", "sdpa", "flex")  # backends of PyTorch's own operations
+# Ways of a captured decode step, by the settings of generate(); "triton" alone takes the one that generate() takes.
+PATHS = {
+    "triton-plain": {"decode_kernel": "plain"},
+    "triton-fused": {"decode_kernel": "fused"},
+    "triton-int8": {"decode_kernel": "fused", "weights": "int8"},
+}
+GATE_STEPS = 4  # of a decode step's gate, behind a prompt
 GATE_TOKENS = 64
 NEW_TOKENS = 32  # that generate says
 
 
 class Provider:
-    """A model under a backend: ours, or transformers', on the same weights."""
+    """A model under a backend: ours, or transformers', on the same weights. Or ours under one of PATHS."""
 
     def __init__(self, name, ours):
         self.name = name
+        self.backend = "triton" if name in PATHS else name
+        self.settings = Settings(**PATHS.get(name, {}))
         self.ours = ours
         if name == COMPILED:
             self.model = _on_sdpa(ours)
@@ -49,9 +59,10 @@ class Provider:
         model = self.model.train(training)
         if model is not self.ours:
             return model, ()
-        model.set_attn_implementation(self.name)
+        model.set_attn_implementation(self.backend)
         # Beside our attention our other kernels; beside PyTorch's, PyTorch's, so that a backend stands for all of it.
-        model.set_kernel_implementation("torch" if self.name in PYTORCHS else "auto")
+        ours = "triton" if self.name in PATHS else "auto"
+        model.set_kernel_implementation("torch" if self.backend in PYTORCHS else ours)
         return model, () if training else model.pack_weights()
 
     def held_mb(self):
@@ -63,6 +74,25 @@ class Provider:
     def logits(self, ids):
         with torch.no_grad():
             return self.use()[0](ids, use_cache=False).logits
+
+    def decoded(self, ids):
+        """Logits [1, GATE_STEPS, V] of the captured decode step, token by token, after those before them."""
+        model, _ = self.use()
+        graphed = model.graphed_steps(self.settings)
+        return stepped(model, lambda new, cache: graphed.step(new, cache)[:, None].clone(), ids)
+
+    def bytes_a_step(self, B, T):
+        """What a decode step must read, T - 1 tokens cached: matrices and biases, norms, and the head; keys and values.
+
+        Each once, but for the embeddings' B rows; in int8 the matrices take a byte, and a scale of 4 for each output.
+        """
+        config, size = self.ours.config, self.ours.dtype.itemsize
+        C, inner, V, L = config.n_embd, config.inner_dim, config.vocab_size, config.n_layer
+        matrices, outputs = L * (4 * C * C + 2 * C * inner) + V * C, L * (5 * C + inner) + V
+        weights = matrices * size
+        if self.settings.weights == "int8":
+            weights = matrices + 4 * outputs
+        return weights + size * (L * (9 * C + inner) + 2 * C) + size * 2 * L * B * (T - 1) * C
 
     def training(self, B, T):
         """Forward and backward of the loss, no optimiser."""
@@ -118,7 +148,7 @@ class Provider:
         (model, packed), ids = self.use(case=(B, T)), random_ids(self.ours, B, 1)
         config = self.ours.config
         if model is self.ours:
-            self.steps = self.steps or model.graphed_steps(Settings())
+            self.steps = self.steps or model.graphed_steps(self.settings)
             cache = KVCache(config, B, capacity=T, device=model.device, dtype=model.dtype)
             cache.data.normal_()
             cache.advance([T - 1] * B)
@@ -165,6 +195,7 @@ class Provider:
         never = self.ours.config.vocab_size  # no such token: nothing ends early
         options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": never, "pad_token_id": 0, "do_sample": False}
         options["attention_mask"] = torch.ones_like(ids)
+        options |= PATHS.get(self.name, {})
         return lambda: model.generate(ids, **options)
 
 
@@ -202,17 +233,46 @@ def build(size, device, dtype, **overrides):
     return GPT2(config).to(device, DTYPES[dtype]).eval()
 
 
+@torch.no_grad()
+def stepped(model, step, ids):
+    """Logits [1, GATE_STEPS, V] by step(ids [1, 1], cache), after a prefill of what is before."""
+    first = ids.shape[1] - GATE_STEPS
+    cache = KVCache(model.config, 1, capacity=ids.shape[1], device=model.device, dtype=model.dtype)
+    model(ids[:, :first], past_key_values=cache, logits_to_keep=1)
+    return torch.cat([step(ids[:, t : t + 1], cache) for t in range(first, ids.shape[1])], 1)
+
+
+def _forward_of(model):
+    return lambda new, cache: model(new, past_key_values=cache).logits
+
+
+def _judge_path(provider, ours, oracle_model, ids):
+    """As gate(), of a decode step. In int8 the steps' weights are what the integers stand for; the prompt's are not."""
+    baseline_model, _ = Provider("eager", ours).use()
+    models = [(model, rounded(model)) for model in (baseline_model, oracle_model)]
+    if provider.settings.weights == "model":
+        models = [(model, model) for model, _ in models]
+    baseline, oracle = (stepped(model, _forward_of(steps), ids) for model, steps in models)
+    actual = provider.decoded(ids).to(baseline.dtype)
+    return judge({"logits": (actual, baseline, oracle)}, factor=FORWARD_FACTOR)
+
+
 def gate(providers, ours):
-    """{name: (error, status)}: logits of 64 tokens against those of the same weights in float64, by the tests' rule."""
+    """{name: (error, status)}: logits of 64 tokens against those of the same weights in float64, by the tests' rule.
+
+    Of PATHS the logits are those of the decode step.
+    """
     ids = random_ids(ours, 1, GATE_TOKENS)
     with torch.no_grad():
         oracle_model = GPT2(ours.config, attn_implementation="eager").to(ours.device, torch.float64).eval()
         oracle_model.load_state_dict(ours.state_dict())
         oracle = oracle_model(ids, use_cache=False).logits
-    del oracle_model
     baseline = Provider("eager", ours).logits(ids)
     judged = {}
     for provider in providers:
+        if provider.name in PATHS:
+            judged[provider.name] = _judge_path(provider, ours, oracle_model, ids)
+            continue
         results = {"logits": (provider.logits(ids), baseline, oracle)}
         judged[provider.name] = judge(results, factor=FORWARD_FACTOR)
     return judged
@@ -238,8 +298,12 @@ def refuse(option, name, args, trains=False, **needs):
         return
     if name == COMPILED and trains:
         name = "sdpa"
+    if name in PATHS:
+        if args.device.type != "cuda":
+            raise UsageError(f"{option} {name}: a captured decode step, which takes a GPU")
+        name = "triton"
     if name not in attention_backends():
-        raise UsageError(f"{option} {name}: unknown; choose from {', '.join((*attention_backends(), *THEIRS))}")
+        raise UsageError(f"{option} {name}: unknown; choose from {', '.join((*attention_backends(), *PATHS, *THEIRS))}")
     if name.startswith("triton") and args.device.type != "cuda":
         raise UsageError(f"{option} {name}: not timed without a GPU; bench/attention_sweep.py checks it here")
     head_dim = GPT2Config.preset(args.size).head_dim

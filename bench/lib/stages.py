@@ -71,7 +71,7 @@ STAGES = (
     Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 150),
     _attention("lengths", "attention over sequence lengths", 75, "--backends", "eager", *SDPA, *OURS),
     _attention("packed", "attention as the model calls it", 60, "--scenario", "packed", "--backends", *SDPA, *OURS),
-    Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 60),
+    Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 90),
     Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
     Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 45),
     Stage("optimizer", "a whole step in mixed precision: tokens/s, MFU", "bench.training_sweep", STEP, 40),

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from model.attention import registry
+from model.generation import graph
 
 NAME = "stand-in for a GPU (rehearsal, no figure means anything)"
 MEMORY = 80 * 2**30
@@ -66,6 +67,14 @@ class _Stream:
 class _Graph:
     def replay(self):
         pass
+
+
+class _Again:
+    """A captured decode step: the step itself, once more."""
+
+    def __init__(self, step, device):
+        step()
+        self.replay = step
 
 
 @contextmanager
@@ -130,6 +139,8 @@ def install():
     registry._BACKENDS["flex"] = replace(
         flex, forward=partial(eager.forward, return_weights=False), devices=("cuda", "cpu")
     )
+    graph.DEVICES = ("cuda", "cpu")
+    graph.capture = _Again
     _shrink()
 
 

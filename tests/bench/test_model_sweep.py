@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bench import model_sweep
 from bench.lib.gate import OK
 from bench.lib.lanes import DTYPES
 from bench.lib.providers import Provider, build
+from model.config import GPT2Config
 
 
 @pytest.fixture
@@ -33,6 +35,9 @@ def test_a_sweep_writes_rows_tables_and_the_diagram(pair, tiny, tmp_path, capsys
     for row in rows:
         assert row["status"] == OK
         assert row["median_ms"] > 0
+        assert row["launches"] is None  # a GPU's
+        assert row["us_a_step"] == (1e3 * row["median_ms"] if row["mode"] == "decoding" else None)
+        assert (row["mode"] == "decoding") == (row["gb_per_s"] is not None) == (row["copy_share"] is not None)
         assert row["error"] < 1e-4
         assert 0.1 < row["peak_memory_mb"] < 50
     tables = (tmp_path / "model_sweep_quick.md").read_text()
@@ -63,6 +68,33 @@ def test_a_cpus_peak_memory_is_what_is_alive_at_once(tiny):
     cache_mb = 2 * 2 * 2 * 512 * 32 * 4 / 2**20
     packed = peak("sdpa", "decoding", 512) - cache_mb
     assert 2 * weights_mb - 0.3 < packed < 2 * weights_mb + 0.3  # the packed copies leave out the embeddings' positions
+
+
+def test_the_bytes_of_a_step_are_each_weight_once_and_the_keys_and_values():
+    """GPT-2 124M in two bytes is 247 MB; in int8 half of it, with a scale for each output."""
+    ours = SimpleNamespace(config=GPT2Config.preset("gpt2"), dtype=torch.float16)
+    model, int8 = (Provider(name, ours) for name in ("triton-fused", "triton-int8"))
+    assert model.bytes_a_step(1, 1) == pytest.approx(247e6, rel=2e-3)
+    assert int8.bytes_a_step(1, 1) == pytest.approx(124e6, rel=5e-3)
+    for provider in (model, int8):
+        assert provider.bytes_a_step(3, 101) - provider.bytes_a_step(1, 1) == 3 * 100 * 12 * 2 * 768 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cpu", "--mode", "decoding"], "--pair triton-int8: a captured decode step, which takes a GPU"),
+        (["--device", "cuda", "--mode", "decoding", "training"], "a way of decoding; --mode decoding is required"),
+    ],
+    ids=["cpu", "mode"],
+)
+def test_a_way_of_decoding_is_refused_elsewhere(arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("bench.lib.cli.resolve_device", torch.device)
+    monkeypatch.setattr("bench.lib.providers.get_attention", lambda name: SimpleNamespace(refusal=lambda **_: None))
+    with pytest.raises(SystemExit) as stop:
+        model_sweep.main([*arguments, "--pair", "triton-int8", "sdpa", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_cpu_leaves_out_the_largest_batches_and_says_so(tiny, tmp_path, monkeypatch):
