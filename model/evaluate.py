@@ -48,7 +48,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         content = sys.stdin.buffer.read() if options.text == "-" else Path(options.text).read_bytes()
-        text = content.decode("utf-8-sig")
+        text = _decoded(content, options.text)
         device = device_of(options.device)
         reach(options.model)
         dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
@@ -67,6 +67,9 @@ def main(arguments=None):
             result = perplexity(
                 model, tokenizer, text, T=options.seq_len, stride=options.stride, progress=not options.json
             )
+    except KeyboardInterrupt:
+        print("model.evaluate: stopped", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(one_line("model.evaluate", error), file=sys.stderr)
         return 2
@@ -77,6 +80,14 @@ def main(arguments=None):
         print(f"layer {errors['layer']}: error of products in int8: {told}")
     print(json.dumps(result) if options.json else ", ".join(f"{name} {value:.6g}" for name, value in result.items()))
     return 0
+
+
+def _decoded(content, name):
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        name = "standard input" if name == "-" else name
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start}: {error.reason})") from None
 
 
 @torch.no_grad()

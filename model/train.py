@@ -100,6 +100,14 @@ def main(arguments=None):
         print(one_line("model.train", error), file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            words = str(error).partition("\n")[0]
+            print(
+                f"model.train: out of memory ({words}); --batch of fewer rows with more of --accumulate, "
+                "--gradient-checkpointing or --dtype pure-bfloat16 need less",
+                file=sys.stderr,
+            )
+            return 2
         if processes is None or processes.size == 1 or not lost(error):
             raise
         words = str(error).partition("\n")[0]
@@ -187,6 +195,8 @@ def _sampler(prompt, tokenizer):
     if tokenizer is None:
         raise ValueError("--sample needs the tokenizer of --data: --vocabulary")
     ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("--sample is empty; a text goes on from one token at least")
 
     def sample(model):
         said = model.generate([ids], max_new_tokens=40, do_sample=True, temperature=0.8, seed=0)

@@ -14,9 +14,11 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import sysconfig
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +31,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 SHARD_TOKENS = 50_000_000
 BATCH = 1 << 21  # characters that a process is given at once
 STATE = "prepare.json"
+INTERRUPTED, LOST = 130, 3
 
 
 def main(arguments=None):
@@ -55,6 +58,16 @@ def main(arguments=None):
     except (OSError, ValueError) as error:
         print(f"tokenizer.prepare: {error}".replace("\n", " "), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tokenizer.prepare: stopped; the same command goes on behind the last whole shard", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenProcessPool:
+        print(
+            "tokenizer.prepare: one of its processes was ended from outside, as for want of memory; the same command "
+            "goes on behind the last whole shard",
+            file=sys.stderr,
+        )
+        return LOST
     print(", ".join(f"{split}: {count} tokens" for split, count in counts.items()))
     return 0
 
@@ -95,7 +108,7 @@ def prepare(sources, out, tokenizer, *, processes=1, validate=100, shard_tokens=
     if len(end) != 1:
         raise ValueError("prepare: the vocabulary has no <|endoftext|>, which ends a document")
     is_one = validate and len(paths) == 1 and Path(paths[0]).suffix != ".jsonl"
-    done = state.get("documents", 0)
+    done = read = state.get("documents", 0)
     numbered = enumerate(documents(paths))
     with _bar(sum(asked["bytes"]), progress) as bar:
         for rows, size in _encoded(tokenizer, end[0], _batches(islice(numbered, done, None)), processes):
@@ -109,9 +122,10 @@ def prepare(sources, out, tokenizer, *, processes=1, validate=100, shard_tokens=
                     writers[split].add(row)
                 done = number + 1
             bar.update(size)
+            read += size
             if any(writer.is_full for writer in writers.values()):
                 _flush(out, asked, writers, done)
-        if not done:
+        if not read:
             raise ValueError("prepare: the sources hold no text")
         _flush(out, asked, writers, done, finished=True)
     return {split: writer.tokens for split, writer in writers.items()}
@@ -232,6 +246,7 @@ _encode_here: "_Encoder"  # of a worker process
 
 def _start(tokenizer, end):
     global _encode_here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process tells the others
     _encode_here = _Encoder(tokenizer, end)
 
 

@@ -39,6 +39,7 @@ from model.training.optimizer import adamw, flops_per_token, learning_rate, peak
 from model.training.precision import Rounded
 from model.training.processes import Processes
 from model.training.state import (
+    FOLDER,
     load_split,
     load_state,
     random_state,
@@ -177,6 +178,13 @@ class Training:
                     raise ValueError(f"training: {name} was {was} and is {now} now; a resumed run keeps it")
             if saved:
                 self._restore(saved[-1][1])
+            elif (self.directory / "model.safetensors").exists():
+                raise ValueError(
+                    f"training: {self.directory / FOLDER} holds no state, though weights were saved; it cannot be "
+                    "resumed: begin another run with them (--from)"
+                )
+            elif self.show:
+                print("training: nothing was saved yet; the run begins again", file=sys.stderr)
             if settings.steps < self.step:
                 raise ValueError(f"training: {self.step} steps are done; steps is {settings.steps}")
         else:

@@ -143,6 +143,7 @@ def test_the_command_tells_the_error_of_each_layer(directory, tmp_path, capsys):
         (("empty.txt",), "the text has 0 tokens"),
         (("empty.txt", "--weights", "int8"), "the text has 0 tokens; the layers' errors need one"),
         (("empty.txt", "--last-word"), "no line has two words"),
+        (("binary.txt",), "binary.txt is not UTF-8 (byte 1: invalid start byte)"),
     ],
     ids=str,
 )
@@ -150,6 +151,7 @@ def test_what_cannot_be_evaluated_is_one_line(arguments, words, directory, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"a\xff")
     assert main([*arguments, "--model", directory]) == 2
     err = capsys.readouterr().err
     assert words in err

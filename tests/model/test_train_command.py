@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import GPT2
 from model.__main__ import main as say
@@ -88,6 +90,8 @@ def test_sizes_of_the_page_take_gpt2s_vocabulary(book, tmp_path, monkeypatch):
         (("--data", "nowhere"), r"nowhere has no train-*.bin"),
         (("--data", "nowhere", "--device", "cuda:99"), "--device cuda:99"),
         (("--data", "nowhere", "--lr", "-1"), "lr is -1.0"),
+        (("--data", "nowhere", "--lr", "nan"), "lr is nan"),
+        (("--data", "nowhere", "--vocabulary", "gpt2", "--sample", ""), "--sample is empty"),
         (("--data", "nowhere", "--sample", "x"), "--sample needs the tokenizer of --data: --vocabulary"),
     ],
     ids=str,
@@ -98,6 +102,30 @@ def test_what_cannot_work_is_one_line(arguments, words, tmp_path, capsys):
     assert words in err
     assert err.startswith("model.train: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_is_too_small_says_what_needs_less(error, book, tmp_path, monkeypatch, capsys):
+    def full(run, sample):
+        raise error
+
+    monkeypatch.setattr("model.train.Training.train", full)
+    train("--text", book, "--out", tmp_path, *QUICK, status=2)
+    assert f"model.train: out of memory ({error}); --batch of fewer rows" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(book, tmp_path):
+    """The limit of a file's size stands in for the disk's; the run's vocabulary and shards fit, its weights do not."""
+    command = [sys.executable, "-m", "model.train", "--text", book, "--out", tmp_path / "out", *QUICK]
+    limited = f"ulimit -f 500; exec {shlex.join(map(str, command))}"
+    ended = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "File too large" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+    train("--text", book, "--out", tmp_path / "out", *QUICK, "--resume")
+    assert GPT2.from_pretrained(tmp_path / "out").config.n_layer == 4
 
 
 def test_ctrl_c_says_how_to_go_on(book, tmp_path, monkeypatch, capsys):

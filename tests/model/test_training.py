@@ -450,6 +450,9 @@ def test_a_run_is_neither_overwritten_nor_changed_nor_invented(data, tmp_path):
     torch.save({"step": 2}, state)
     with pytest.raises(ValueError, match=r"step-00000002\.pt cannot be read: ValueError: it lacks best"):
         start(data, tmp_path, resume=True)
+    state.unlink()
+    with pytest.raises(ValueError, match="training holds no state, though weights were saved"):
+        start(data, tmp_path, resume=True)
     state.write_bytes(content)
     for record in ("{", "[]", "[" * 100_000):
         (tmp_path / "training.json").write_text(record)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -159,6 +160,28 @@ def test_directories_and_texts_without_content_are_refused(tmp_path, tokenizer, 
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="the sources hold no text"):
         prepare.prepare([tmp_path / "none.jsonl"], tmp_path / "out", tokenizer, progress=False)
+    (tmp_path / "none.txt").write_text("")
+    with pytest.raises(ValueError, match="the sources hold no text"):
+        prepare.prepare([tmp_path / "none.txt"] * 2, tmp_path / "out", tokenizer, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), prepare.INTERRUPTED, "stopped; the same command goes on"),
+        (BrokenProcessPool(), prepare.LOST, "was ended from outside, as for want of memory; the same command goes on"),
+    ],
+    ids=["Ctrl-C", "killed"],
+)
+def test_what_ends_it_is_said_in_one_line(error, status, words, corpus, tmp_path, monkeypatch, capsys):
+    def ended(self, batch):
+        raise error
+
+    monkeypatch.setattr(prepare._Encoder, "__call__", ended)
+    assert prepare.main([str(corpus), "--out", str(tmp_path / "out")]) == status
+    err = capsys.readouterr().err
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_bytes_that_are_not_utf8_are_refused_with_their_place(tmp_path, tokenizer):
