@@ -132,12 +132,12 @@ def test_int8_weights_are_the_rounded_ones(lane, dtype):
     assert torch.equal(logits[1:], alone)
 
 
-def verified(model, ids, data, lengths, counts=None):
+def verified(model, ids, data, lengths, counts=None, weights="model"):
     """Logits [B, T, V] after ids [B, T], NaN where counts says that there is no token."""
     (B, T), device = ids.shape, model.device
     lengths, counts = (x and torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, counts))
     logits = torch.full((B * T, V), torch.nan, device=device)
-    FusedStep(model, B, CAPACITY, T).run(ids.contiguous(), lengths, data, logits, counts)
+    FusedStep(model, B, CAPACITY, T, weights).run(ids.contiguous(), lengths, data, logits, counts)
     return logits.view(B, T, V)
 
 
@@ -176,14 +176,14 @@ def test_int8_keeps_to_half_a_scale_and_tells_of_what_is_not_finite():
 
 
 @pytest.mark.simulate
-@pytest.mark.parametrize("seed", [1, 2])
-def test_no_order_of_warps_changes_a_bit(seed):
+@pytest.mark.parametrize(("seed", "T", "weights"), [(1, 1, "model"), (2, 1, "int8"), (3, 3, "int8")])
+def test_no_order_of_warps_changes_a_bit(seed, T, weights):
     model = build(F16, "cpu", n_layer=1)
-    results = []
+    results, ids = [], torch.arange(2 * T).view(2, T)
     for options in ({}, {"seed": seed}):
         data = held_cache(model, [SPLIT + 1, 7])
         with simulate("sm_90", **options):
-            results.append(by_kernels(model, [1, 2], data, [SPLIT + 1, 7]))
+            results.append(verified(model, ids, data, [SPLIT + 1, 7], None, weights))
     assert torch.equal(*results)
 
 
