@@ -127,7 +127,10 @@ def empty_aligned(M, V, like):
 def vocabulary_product(x, weight, logits):
     """logits [M, V] = x [M, C] weight^T, written into rows that empty_aligned has made."""
     for columns in vocabulary_parts(logits):
-        torch.mm(x, weight[columns].T, out=logits[:, columns])
+        if torch.compiler.is_compiling():  # dynamo takes no out= with gaps between its rows
+            logits[:, columns].copy_(torch.mm(x, weight[columns].T))
+        else:
+            torch.mm(x, weight[columns].T, out=logits[:, columns])
     return logits
 
 

@@ -9,12 +9,16 @@ from peers import padded_batch, spread, tiny_config
 from torch.utils import _pytree as pytree
 
 from model import GPT2, GPT2Config, GPT2ForQuestionAnswering, GPT2ForSequenceClassification, outputs
+from model.layers.blocks import Blocks
 
 
 @across_lanes(lanes=("interpret", "gpu"))
 @pytest.mark.parametrize("pdrop", [0.0, 0.1], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_training_step_is_one_graph(lane, kernels, pdrop):
+@pytest.mark.parametrize("logits", [True, False], ids=["logits", "no logits"])
+def test_a_training_step_is_one_graph(lane, kernels, pdrop, logits, monkeypatch):
+    """Beside the modules, which are what is traced; tests/model/test_block.py holds blocks of launches against them."""
+    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, *arguments, **options: None))
     torch._dynamo.reset()
     config = GPT2Config(
         n_layer=2,
@@ -32,7 +36,7 @@ def test_a_training_step_is_one_graph(lane, kernels, pdrop):
 
     def step(call):
         torch.manual_seed(1)
-        loss = call(ids, labels=ids).loss
+        loss = call(ids, labels=ids, return_logits=logits).loss
         return loss, *torch.autograd.grad(loss, list(model.parameters()))
 
     for eager, traced in zip(step(model), step(compiled)):
