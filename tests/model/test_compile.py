@@ -6,6 +6,7 @@ import pytest
 import torch
 from lanes import across_lanes
 from peers import padded_batch, spread, tiny_config
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 from model import GPT2, GPT2Config, GPT2ForQuestionAnswering, GPT2ForSequenceClassification, outputs
@@ -41,6 +42,29 @@ def test_a_training_step_is_one_graph(lane, kernels, pdrop, logits, monkeypatch)
 
     for eager, traced in zip(step(model), step(compiled)):
         assert torch.equal(eager, traced)
+
+
+@across_lanes(lanes=("gpu",))
+def test_reduce_overhead_replays_a_step_as_cuda_graphs(lane):
+    """Warm-up, recording, two replays on other ids: the losses and gradients of each, and no graph is passed over."""
+    torch.compiler.reset()
+    counters["inductor"].clear()
+    rates = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=100, **rates)
+    model = GPT2(config, attn_implementation="triton", kernel_implementation="triton").to(lane.device).train()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+    def step(call, ids):
+        if call is compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # results of the step before may be written over
+        loss = call(ids, labels=ids, return_logits=False).loss
+        return [x.clone() for x in (loss, *torch.autograd.grad(loss, list(model.parameters())))]
+
+    for _ in range(4):
+        ids = torch.randint(100, (2, 20), device=lane.device)
+        for found, expected in zip(step(compiled, ids), step(model, ids)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 PADDINGS = ["none", "left"]
