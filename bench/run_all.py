@@ -170,6 +170,7 @@ def visit(args, work, environment, outcomes, began):
         if time.monotonic() - packed[0] > PACK_EVERY_S:
             pack()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     interrupted = False
     pack()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch._functorch.config
 
+from bench.lib.errors import in_words
 from bench.lib.gate import OK
 
 # A backward pass is timed again and again, so what torch.compile makes of one must not give its buffers away.
@@ -48,12 +49,6 @@ def attempt(function, *args, provider=None):
         except RuntimeError:
             raise DeviceLost(status, provider) from None
     return None, status
-
-
-def in_words(error):
-    """The error's type and the first line that it has, as a status."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"error: {type(error).__name__}: {lines[0][:300]}"
 
 
 def _is_out_of_memory(error):

@@ -23,6 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from select import select
 
+from bench.lib.errors import in_words
+
 OK = "ok"
 NO_TIME = "not compiled: the time was up"
 READY = b"ready\n"  # a process's first line, when it has imported
@@ -133,8 +135,6 @@ def _outcome(function, request):
     try:
         return function(**request), OK
     except Exception as error:
-        from bench.lib.clock import in_words  # with torch, which a function need not have
-
         return None, in_words(error)
 
 

@@ -15,6 +15,7 @@ import threading
 
 
 def main(argv):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the visit is a job in the background
     if os.environ.get("BENCH_STAND_IN"):
         from bench.lib import standin
 

@@ -19,7 +19,7 @@ def outcomes(processes, *whats, seconds=60.0):
 def test_an_exception_a_death_and_a_hang_are_each_the_status_of_one_call(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     whats = ("pass", "raise", "pass", "abort", "exit", "hang", "pass")
-    with Processes("tests.bench.faulty_stage:compiled", 1, call_s=3.0) as processes:
+    with Processes("tests.bench.faulty_stage:compiled", 1, call_s=5.0) as processes:
         first, raised, again, aborted, exited, hung, last = outcomes(processes, *whats)
     assert first[1] == again[1] == last[1] == "ok"
     assert first[0]["interpreted"] == "0"  # the compiler runs even where this process interprets
@@ -27,14 +27,14 @@ def test_an_exception_a_death_and_a_hang_are_each_the_status_of_one_call(monkeyp
     assert raised == (None, "error: ZeroDivisionError: of its own making")
     assert aborted == (None, "error: its process ended by signal 6: LLVM ERROR: of its own making")
     assert exited == (None, "error: its process ended by exit code 3: it printed nothing")
-    assert hung == (None, "error: stopped after 3 s")
+    assert hung == (None, "error: stopped after 5 s")
 
 
 def test_when_the_time_is_up_what_has_not_ended_says_so_and_the_next_calls_are_answered():
     with Processes("tests.bench.faulty_stage:compiled", 2) as processes:
         began = time.monotonic()
         assert outcomes(processes, "hang", "hang", "pass", seconds=1.0) == 3 * [(None, NO_TIME)]
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 30  # and not the 300 s that they would take
         assert [status for _, status in outcomes(processes, "pass", "pass", "pass")] == 3 * ["ok"]
         assert outcomes(processes, "pass", seconds=-1) == [(None, NO_TIME)]
         pids = [worker.process.pid for worker in processes.workers]

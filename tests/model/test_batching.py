@@ -26,6 +26,10 @@ def padded(prompts, side, fill=0):
     return torch.tensor(rows), torch.tensor(masks)
 
 
+# Its products of one row and of several, packed and not, differ in the last bits of fp32: README.md says so.
+same_bits = pytest.mark.skipif(torch.__version__ < "2.12", reason="the oneDNN of torch 2.11 sums in another order")
+
+
 def assert_rows_are_as_alone(model, prompts, **options):
     """Tokens, and the scores that they were chosen by."""
     options = {
@@ -72,6 +76,7 @@ class TestGreedy:
         assert_rows_are_as_alone(model, PROMPTS, repetition_penalty=1.3, no_repeat_ngram_size=2, max_new_tokens=8)
         assert_rows_are_as_alone(model, PROMPTS, use_cache=False, max_new_tokens=4)
 
+    @same_bits
     def test_at_gpt2s_width(self, backend, threads):
         model = spread(
             GPT2(GPT2Config(n_layer=2, vocab_size=1000, bos_token_id=0, eos_token_id=0), attn_implementation=backend)
@@ -167,6 +172,7 @@ class TestLinear:
             with onednn.using(blocks):
                 torch.testing.assert_close(layer(x), x @ layer.out_in().t())
 
+    @same_bits
     def test_packed_weights_are_used_within_their_block_alone(self):
         layer = Head(torch.nn.Parameter(torch.randn(30, 20)))
         x = torch.randn(4, 20)
