@@ -5,7 +5,10 @@ that computes the rows, in another order. Ours may err there as much as PyTorch'
 rows. Under autocast the gradients of matrices are ours in fp32; rounded to two bytes they are PyTorch's.
 """
 
+import dataclasses
+import importlib
 from contextlib import nullcontext
+from functools import partial
 
 import numerics
 import pytest
@@ -15,10 +18,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import configs
+from kernels.launch import forget
 from model import GPT2, GPT2Config
 from model.cache import KVCache
 from model.inputs import Padding
-from model.layers import ops
+from model.layers import block, ops
 from model.layers.blocks import Blocks
 
 SIZES = {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 101}
@@ -135,6 +140,28 @@ def test_a_training_step_has_the_bits_of_the_modules(lane, dtype, case, taken, m
 def test_in_two_bytes(lane, dtype, taken, monkeypatch):
     model, ids = build(lane.device, dtype, **DROPOUT)
     assert both(model.train(), ids, taken, monkeypatch) == 2
+
+
+@across_lanes(lanes=("interpret",))
+def test_rows_too_wide_for_sums_beside_them(lane, taken, monkeypatch):
+    """Rows of 8193 columns and more are summed by a kernel of their own, which is what small ones get here."""
+    norm = importlib.import_module("kernels.layer_norm")
+
+    def wide(direction, N):
+        return dataclasses.replace(configs.row_config(direction, N), SUMS=False)
+
+    forget()
+    for place, name in ((norm, "_backward_config"), (block, "_backward_config")):
+        monkeypatch.setattr(place, name, partial(wide, "backward"))
+    monkeypatch.setattr(norm, "row_config", wide)
+    summed, launch = [], norm._weight_gradients_kernel.run
+    monkeypatch.setattr(norm._weight_gradients_kernel, "run", lambda *a, **o: summed.append(a) or launch(*a, **o))
+    model, _ = build(lane.device)
+    try:
+        assert both(model, TOKENS, taken, monkeypatch) == 2
+    finally:
+        forget()
+    assert len(summed) == 2 * 5  # norms of two passes
 
 
 @across_lanes(torch.bfloat16, torch.float16, lanes=("sm_90", "gpu"))
