@@ -62,6 +62,7 @@ setup(
             "tokenizers>=0.20",
             "liger-kernel>=0.6",
         ],
+        "public": ["liger-kernel>=0.6", "fla-core>=0.6"],  # python bench/public_kernels.py runs their kernels
         "h5": ["h5py>=3.10"],  # python -m model.convert reads tf_model.h5 by it
         "jupyter": ["jupyterlab>=4", "ipykernel>=6.29"],  # pip install -e '.[jupyter]'; jupyter lab notebooks
         "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],

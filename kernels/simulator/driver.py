@@ -16,7 +16,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver as triton_driver
 
 from .dependent import Stream
-from .errors import GridTooLarge, SimulatorError, Unimplemented
+from .errors import GridTooLarge, KernelError, SimulatorError, Unimplemented
 from .machine import Launch, Program
 from .memory import GlobalMemory
 from .ptx import parse
@@ -49,11 +49,15 @@ _FIRST_DEVICE = 9000
 
 
 class Simulation:
-    """What `simulate` yields. `launches`: one `Launch` per launch, in order, each with its counters and its cubin."""
+    """What `simulate` yields.
+
+    `launches`: one `Launch` per launch, in order, each with its counters and its cubin; `faults`: the KernelErrors of
+    the launches that raised one, whether the program caught them or not.
+    """
 
     def __init__(self, arch, seed=None, transform=None):
         self.arch, self.chip = arch, CHIPS[arch]
-        self.launches = []
+        self.launches, self.faults = [], []
         self._stream = Stream()
         self._schedule = None if seed is None else np.random.default_rng(seed)
         self._transform = transform
@@ -67,6 +71,13 @@ class Simulation:
                 raise SimulatorError(
                     f"{loaded.name}: grid {tuple(grid)} has {size} blocks along {axis}; a GPU takes at most {most}"
                 )
+        try:
+            self._run(loaded, grid, tensors, arguments)
+        except KernelError as fault:
+            self.faults.append(fault)
+            raise
+
+    def _run(self, loaded, grid, tensors, arguments):
         program = loaded.program(self._transform)
         memory = GlobalMemory(tensors, program.kernel.tables)
         values = [_placed(a, memory) for a in arguments]

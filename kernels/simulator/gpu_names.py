@@ -8,8 +8,8 @@ import triton.testing
 from torch.overrides import TorchFunctionMode
 from triton.runtime.autotuner import Autotuner
 
-from .driver import CHIPS, SimulatorDriver, in_charge
-from .stand_ins import Device, Event, Generator, Stream, is_cuda, no_graphs, properties_of
+from .driver import CHIPS, in_charge
+from .stand_ins import Device, Event, Generator, NoGraph, Stream, is_cuda, properties_of
 
 _CPU = torch.device("cpu")
 
@@ -111,8 +111,8 @@ def gpu_names(arch, first_configuration=False):
         "default_stream": lambda device=None: stream,
         "manual_seed": torch.default_generator.manual_seed,
         "manual_seed_all": torch.default_generator.manual_seed,
-        "CUDAGraph": no_graphs,
-        "graph": no_graphs,
+        "CUDAGraph": NoGraph,
+        "graph": NoGraph,
         "stream": lambda stream: nullcontext(),
         "set_stream": lambda stream: None,
         "Stream": Stream,
@@ -136,8 +136,9 @@ def gpu_names(arch, first_configuration=False):
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         for name in ("do_bench", "do_bench_cudagraph"):
             stack.enter_context(mock.patch.object(triton.testing, name, skipped.benchmark))
-        clock = mock.Mock(return_value=skipped.try_configuration)
-        stack.enter_context(mock.patch.object(SimulatorDriver, "get_benchmarker", clock))
+        # A property: an autotuner would keep what its driver gives it, beyond the end of the simulation.
+        clock = property(lambda tuner: getattr(tuner, "_do_bench", None) or skipped.try_configuration)
+        stack.enter_context(mock.patch.object(Autotuner, "do_bench", clock))
         stack.enter_context(mock.patch.object(Autotuner, "check_disk_cache", _tune_without_disk))
         if first_configuration:
             first = _FirstConfiguration(skipped)

@@ -94,9 +94,11 @@ class Event:
         return float("nan")
 
 
-def no_graphs(*arguments, **options):
-    """Stands for torch.cuda.CUDAGraph and torch.cuda.graph."""
-    raise SimulatorError("torch.cuda.CUDAGraph: the simulator captures nothing; let the program call its function")
+class NoGraph:
+    """Stands for torch.cuda.CUDAGraph and torch.cuda.graph: a class, for annotations name them."""
+
+    def __init__(self, *arguments, **options):
+        raise SimulatorError("torch.cuda.CUDAGraph: the simulator captures nothing; let the program call its function")
 
 
 _TorchGenerator = torch.Generator

@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.simulator import simulate
+from kernels.simulator import SimulatorError, simulate
+from kernels.simulator.__main__ import main
+from kernels.simulator.gpu_names import gpu_names
 from kernels.simulator.ptx import parse
 
 pytest_plugins = ["pytester"]
@@ -103,6 +105,7 @@ cuda.reset_peak_memory_stats(), cuda.set_rng_state(cuda.get_rng_state()), cuda.n
 chip, more = cuda.get_device_properties("cuda"), triton.runtime.driver.active.utils.get_device_properties(0)
 assert chip.shared_memory_per_block_optin == more["max_shared_mem"] and chip.multi_processor_count == 84
 print(start.elapsed_time(end), cuda.max_memory_allocated(), cuda.is_bf16_supported(), chip.L2_cache_size)
+kept: cuda.CUDAGraph | cuda.Stream | None = None
 cuda.CUDAGraph()
 """
 
@@ -124,10 +127,41 @@ def test_an_autotuner_keeps_no_times_on_disk_and_may_run_one_configuration(run):
     assert done.stderr.endswith("3 launches of 2 kernels on a simulated sm_80: no fault\n")
 
 
+def test_an_autotuner_keeps_nothing_of_a_simulation():
+    """It caches its driver's clock: one that was simulated first would have timed nothing on a GPU afterwards."""
+
+    @triton.autotune(configs=[triton.Config({"B": b}) for b in (64, 128)], key=["n"])
+    @triton.jit
+    def fill(x, n, B: tl.constexpr):
+        i = tl.arange(0, B)
+        tl.store(x + i, 1.0, mask=i < n)
+
+    for n in (32, 64):
+        with simulate("sm_80"), gpu_names("sm_80") as skipped:
+            fill[(1,)](torch.zeros(n), n)
+            assert skipped.configurations == len(skipped.trials) == 2
+    assert "do_bench" not in vars(fill)
+    with simulate("sm_80"), pytest.raises(SimulatorError, match="measures no time"):
+        fill[(1,)](torch.zeros(16), 16)
+
+
 @pytest.mark.parametrize(
     ("launch", "status", "words"),
     [
-        ("total[2,](x, o, 100, B=64)", 3, ["GlobalMemoryRace: total:", f"program.py:{line_of('tl.load(o)')}"]),
+        (
+            "total[2,](x, o, 100, B=64)",
+            3,
+            [
+                "GlobalMemoryRace: total:",
+                f"program.py:{line_of('tl.load(o)')}",
+                f"program.py:{len(KERNELS.splitlines()) + 4}: total[2,](x, o, 100, B=64)",  # where it was launched
+            ],
+        ),
+        (
+            "try: total[2,](x, o, 100, B=64)\nexcept RuntimeError: pass",
+            3,
+            ["faults that the program caught: 1, first total: global-memory race"],
+        ),
         (
             "beyond[1,](x, o, 100, B=128)",
             3,
@@ -135,7 +169,11 @@ def test_an_autotuner_keeps_no_times_on_disk_and_may_run_one_configuration(run):
         ),
         ("printing[1,](x, B=64)", 4, ["Unimplemented: printing:"]),
         ("sys.exit(7)", 7, ["0 launches of 0 kernels", "no fault"]),
-        ("x[100]", 1, ["IndexError", "the program ended with an exception"]),
+        (
+            "x[100]",
+            1,
+            ["IndexError", "the program ended with an exception", "Traceback (most recent call last):\n  File"],
+        ),
     ],
 )
 def test_the_exit_status_says_how_it_ended(run, launch, status, words):
@@ -144,6 +182,37 @@ def test_the_exit_status_says_how_it_ended(run, launch, status, words):
     for word in words:
         assert word in done.stderr
     assert status in (1, 7) or "Traceback" not in done.stderr
+    assert "runpy" not in done.stderr
+
+
+def test_a_module_runs_as_python_runs_it(run, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("import sys\nfrom . import __name__ as name\nprint(name, sys.argv[1:])")
+    command = [sys.executable, "-m", "kernels.simulator", "-m", "package", "--arch", "x"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "package ['--arch', 'x']\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "a Python program is required, or -m and a module"),
+        (["-m"], "a module's name is required"),
+        (["nowhere.py"], "nowhere.py: there is no such file"),
+        (["bench"], "bench: a directory without __main__.py"),
+        (["--json", "bench", "setup.py"], "--json bench: it is a directory; a file is required"),
+        (["--seed", "-3", "setup.py"], "invalid whole number from 0 on value: '-3'"),
+    ],
+)
+def test_wrong_commands(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 @triton.jit
@@ -189,7 +258,7 @@ PTX = """.version 8.7
     [
         (["--arch", "sm_70"], "invalid choice: 'sm_70'"),
         (["--json", "no/such/report.json"], "there is no directory no/such"),
-        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--seed", "x"], "invalid whole number from 0 on value: 'x'"),
     ],
 )
 def test_a_wrong_command_is_refused_before_the_program_runs(run, options, words):
