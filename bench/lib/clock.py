@@ -56,7 +56,8 @@ def _is_out_of_memory(error):
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-MAX_REPEATS = 200  # of a call in a block
+MAX_REPEATS = 100  # of a call in a block
+BUDGET_MS = {"cuda": 30.0, "cpu": 60.0}  # of a block
 BUFFER_BYTES = 2**28  # at least, of what is read between calls
 CYCLES_PER_US = 2000  # no GPU's clock is faster: a spin takes at least the time that it is meant to take
 MAX_SPIN_US = 5000.0
@@ -160,7 +161,7 @@ def measure(
     quick=False,
     clock=None,
     rounds=5,
-    budget_ms=60.0,
+    budget_ms=None,
     limit_s=None,
     is_warm=False,
     ahead=True,
@@ -177,6 +178,7 @@ def measure(
     times short calls as CUDA graphs too: graph_ms is the median, graph_note why there is none.
     """
     clock = Clock(device, ahead) if clock is None else clock
+    budget_ms = BUDGET_MS[torch.device(device).type] if budget_ms is None else budget_ms
     rounds, budget_ms = (2, 20.0) if quick else (rounds, budget_ms)
     blocks = {name: [] for name in makes}
     statuses = dict.fromkeys(makes, OK)

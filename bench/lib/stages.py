@@ -58,30 +58,43 @@ def _attention(name, what, limit_s, *arguments):
     return Stage(name, what, "bench.attention_sweep", arguments, limit_s)
 
 
-SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn")
-OURS = ("triton", "triton-portable", "triton-hopper")
+SDPA = ("sdpa", "sdpa-flash")  # sdpa's rows say which kernel it took
+OURS = ("triton", "triton-portable")  # the first takes Hopper's kernels on Hopper
 PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "bench.lib.test_results", "--color=no", "--tb=short", "-rfE")
 REHEARSED_TESTS = [*PYTEST, "tests/bench/test_gate.py"]
 MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", "float16")
 STEP = ("--providers", "triton", "sdpa", "transformers-sdpa", "--dtype", "bfloat16", "--batch", "4", "16")
 COMPILED_STEP = ("--providers", "triton", "sdpa-compiled", "--dtype", "bfloat16", "--batch", "16")  # 27 s to compile
 STAGES = (
-    Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 60),
-    Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 20),
-    Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 150),
-    _attention("lengths", "attention over sequence lengths", 75, "--backends", "eager", *SDPA, *OURS),
-    _attention("packed", "attention as the model calls it", 60, "--scenario", "packed", "--backends", *SDPA, *OURS),
-    Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 90),
-    Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
-    Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 45),
+    Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 50),
+    Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 15),
+    _attention("lengths", "attention over sequence lengths", 45, "--backends", "eager", *SDPA, *OURS),
+    _attention("packed", "attention as the model calls it", 35, "--scenario", "packed", "--backends", *SDPA, *OURS),
     Stage("optimizer", "a whole step in mixed precision: tokens/s, MFU", "bench.training_sweep", STEP, 40),
-    Stage("compiled", "a whole step beside our module on SDPA, compiled", "bench.training_sweep", COMPILED_STEP, 75),
+    Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
+    Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 140),
+    Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 80),
     Stage(
         "pointwise",
         "LayerNorm, GELU, cross-entropy",
         "bench.pointwise_sweep",
         ("--dtype", "bfloat16", "--providers", "eager", "compiled", "triton"),
         50,
+    ),
+    _attention(
+        "scenarios",
+        "attention with a cache, padding, dropout, over head dims",
+        60,
+        *("--scenario", "decode", "padding", "dropout", "head-dims", "--backends", "sdpa", "triton"),
+    ),
+    Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 40),
+    Stage("compiled", "a whole step beside our module on SDPA, compiled", "bench.training_sweep", COMPILED_STEP, 75),
+    _attention(
+        "published",
+        "attention at the width of the papers",
+        30,
+        *("--backends", *SDPA, *OURS, "--mode", "forward"),
+        *("--heads", "32", "--seq-lens", "512", "1024", "2048", "4096", "8192", "16384"),
     ),
     Stage(
         "tune",
@@ -90,21 +103,13 @@ STAGES = (
         ("--dry-run", "--head-dims", "64", "--dtype", "bfloat16", "--seq-len", "1024", "--minutes", "0.3"),
         60,
     ),
+    _attention("flex", "flex_attention", 50, "--backends", "flex", "triton", "--seq-lens", "1024", "4096"),
     _attention(
-        "published",
-        "attention at the width of the papers",
-        30,
-        *("--backends", "sdpa-flash", "sdpa-cudnn", *OURS, "--mode", "forward"),
-        *("--heads", "32", "--seq-lens", "512", "1024", "2048", "4096", "8192", "16384"),
+        "bf16",
+        "attention in bf16",
+        20,
+        *("--dtype", "bfloat16", "--backends", *SDPA, *OURS, "--seq-lens", "1024", "8192"),
     ),
-    _attention("bf16", "attention in bf16", 40, "--dtype", "bfloat16", "--backends", "sdpa", "sdpa-cudnn", *OURS),
-    _attention(
-        "scenarios",
-        "attention with a cache, padding, dropout, over head dims",
-        90,
-        *("--scenario", "decode", "padding", "dropout", "head-dims", "--backends", "sdpa", "triton"),
-    ),
-    _attention("flex", "flex_attention", 60, "--backends", "flex", "triton", "--seq-lens", "1024", "4096"),
 )
 COMPILED = ("bench.attention_sweep", "bench.transformers_sweep", "bench.model_sweep", "bench.pointwise_sweep")
 NAMES = tuple(stage.name for stage in STAGES)
