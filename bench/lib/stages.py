@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.lib.files import write_file
@@ -60,6 +61,7 @@ def _attention(name, what, limit_s, *arguments):
 
 SDPA = ("sdpa", "sdpa-flash")  # sdpa's rows say which kernel it took
 OURS = ("triton", "triton-portable")  # the first takes Hopper's kernels on Hopper
+LIGER = ("liger",) if find_spec("liger_kernel") else ()
 PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "bench.lib.test_results", "--color=no", "--tb=short", "-rfE")
 REHEARSED_TESTS = [*PYTEST, "tests/bench/test_gate.py"]
 MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", "float16")
@@ -78,7 +80,7 @@ STAGES = (
         "pointwise",
         "LayerNorm, GELU, cross-entropy",
         "bench.pointwise_sweep",
-        ("--dtype", "bfloat16", "--providers", "eager", "compiled", "triton"),
+        ("--dtype", "bfloat16", "--providers", "eager", "compiled", *LIGER, "triton"),
         50,
     ),
     _attention(
