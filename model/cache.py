@@ -164,13 +164,15 @@ class KVCache:
         nothing. Returns (o, weights), as `attention` does.
         """
         self._store(layer, k, v)
-        keys, values = self.data[layer]  # each [B, H, capacity, D]
         T = q.shape[2]
+        longest = self.get_seq_length() + T
+        keys, values = self.data[layer, ..., :longest, :].to(
+            q.dtype
+        )  # under autocast q has fewer bits than what is held
         is_alone = counts == [T] and self.starts is None and not self.one_query_at_a_time
         if q.device.type == "cpu" and not is_alone and not options.get("return_weights"):
             return self._attend_by_row(q, keys, values, counts, options), None
-        longest = self.get_seq_length() + T
-        return attention(q, keys[:, :, :longest], values[:, :, :longest], **self._bounds, **options)
+        return attention(q, keys, values, **self._bounds, **options)
 
     def advance(self, counts: list[int]) -> None:
         """Adds counts to lengths, once every layer has stored its keys and values."""
