@@ -61,6 +61,11 @@ def parse(arguments):
     add_import_option(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shard", action="store_true", help="split the model among torchrun's processes (FSDP2)")
+    parser.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="torchrun's processes compute each micro-batch together, by heads",
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--sample", metavar="PROMPT", help="continue this text at each evaluation")
     of_tiny = {"batch": 16, "seq_len": 128, "lr": 1e-3}
@@ -85,7 +90,7 @@ def main(arguments=None):
     processes = None
     try:
         settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-        processes = Processes(_device(options.device), options.shard)
+        processes = Processes(_device(options.device), options.shard, options.tensor_parallel)
         tokenizer, data = _text(options, processes)
         sample = _sampler(options.sample, tokenizer)
         model = _model(options, tokenizer)

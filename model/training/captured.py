@@ -33,7 +33,7 @@ class CapturedGradients:
 
     loss_of: ids [B, T] int64 to a loss [], and nothing that waits for the device. ids: such as all that will come, of
     one shape. scale: what makes of a loss that whose gradient is taken, such as a GradScaler's. around: makes a context
-    in which loss and gradients are taken, such as precision.Rounded.
+    in which loss and gradients are taken, such as precision.Held.
 
     Making it leaves weights and random state as they are, and gradients of zero. Raises what a call or its capture
     raises.

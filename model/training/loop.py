@@ -36,7 +36,7 @@ from model.training.captured import refusal as cannot_capture
 from model.training.data import Batches, Tokens
 from model.training.log import Log, bar
 from model.training.optimizer import adamw, flops_per_token, learning_rate, peak_flops
-from model.training.precision import Rounded
+from model.training.precision import Held
 from model.training.processes import Processes
 from model.training.state import (
     FOLDER,
@@ -130,6 +130,8 @@ class Training:
             reason = cannot_capture(self.device, processes=self.processes.size, compiled=settings.compile)
             if reason is not None:
                 raise ValueError(f"training: capture cannot be served: {reason}")
+        if settings.compile and self.processes.tensor:
+            raise ValueError("training: nobody has tried compile with tensor_parallel")
         self.model = model.to(self.device).train()
         self.tokens = Tokens(data, "train", settings.seq_len)
         self.batches = Batches(
@@ -144,8 +146,8 @@ class Training:
         is_pure = settings.dtype == PURE
         self.parallel = self.processes.parallel(self.model, DTYPES[PURE] if is_pure else None)
         self.precision = nullcontext  # around a loss and its gradients
-        if is_pure and not self.processes.shard:
-            self.precision = Rounded(self.model, DTYPES[PURE])
+        if self.processes.tensor or (is_pure and not self.processes.shard):
+            self.precision = Held(self.model, DTYPES[PURE] if is_pure else torch.float32)
         self.optimizer = adamw(self.model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == "float16")
         self.step, self.best = 0, math.inf
@@ -187,8 +189,8 @@ class Training:
                 print("training: nothing was saved yet; the run begins again", file=sys.stderr)
             if settings.steps < self.step:
                 raise ValueError(f"training: {self.step} steps are done; steps is {settings.steps}")
-        else:
-            torch.manual_seed(settings.seed + self.processes.rank)  # of dropout
+        if not (resume and saved):
+            torch.manual_seed(settings.seed + self.processes.reader)  # of dropout
         self.processes.wait()
         if self.processes.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -198,7 +200,7 @@ class Training:
     def _kept(self):
         """What a run keeps when it is resumed, by name, as JSON has it."""
         settings = {name: getattr(self.settings, name) for name in Settings.fixed()}
-        settings[MICRO_BATCHES] = settings.pop("accumulate") * self.processes.size
+        settings[MICRO_BATCHES] = settings.pop("accumulate") * self.processes.readers
         model = {f"the model's {name}": value for name, value in self.model.config.to_dict().items()}
         kept = {**settings, **model, "the number of training tokens": self.tokens.number}
         return json.loads(json.dumps(kept))
@@ -219,7 +221,7 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
         if len(state["random"]) != self.processes.size:
-            torch.manual_seed(self.settings.seed + self.processes.rank + self.step)  # another number of processes
+            torch.manual_seed(self.settings.seed + self.processes.reader + self.step)  # another number of processes
         else:
             set_random_state(state["random"][self.processes.rank], self.device)
 
@@ -236,16 +238,18 @@ class Training:
         if processes.shard:
             save_split(*place, self.model, self.optimizer, state, self.settings.keep, processes)
             weights = get_model_state_dict(self.model, options=WHOLE)
-        elif processes.is_first:
+        elif processes.is_first or processes.tensor:
             named = dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer, options=WHOLE)))
-            save_state(*place, state | named, self.settings.keep)
+            if processes.is_first:
+                save_state(*place, state | named, self.settings.keep)
+            weights = named["model"] if processes.tensor else None
         if processes.is_first:
             self._plain(weights).save_pretrained(self.directory)
         self.processes.wait()
 
     def _plain(self, weights):
         """The model, or, where it is split among processes, one on the CPU that has all its weights."""
-        if not self.processes.shard:
+        if weights is None:
             return self.model
         with torch.device("meta"):
             model = GPT2(self.model.config)
@@ -319,7 +323,7 @@ class Training:
             self.captured.zero()
         self.step += 1
         seconds = time.perf_counter() - start
-        tokens = settings.batch * settings.seq_len * settings.accumulate * processes.size
+        tokens = settings.batch * settings.seq_len * settings.accumulate * processes.readers
         peak = peak_flops(self.device)
         mfu = None
         if peak is not None:
@@ -349,7 +353,7 @@ class Training:
 
     def _number(self, micro_batch):
         """The number of a micro-batch of this step, or of the next, among all that all processes ever read."""
-        return (self.step * self.settings.accumulate + micro_batch) * self.processes.size + self.processes.rank
+        return (self.step * self.settings.accumulate + micro_batch) * self.processes.readers + self.processes.reader
 
     def _loss(self, ids):
         dtype = None if self.settings.dtype == PURE else DTYPES[self.settings.dtype]
@@ -377,7 +381,9 @@ class Training:
                 log.add(step=self.step, val_loss=loss)
         if not is_best and sample is None:
             return
-        weights = get_model_state_dict(self.model, options=WHOLE) if self.processes.shard else None
+        weights = (
+            get_model_state_dict(self.model, options=WHOLE) if self.processes.shard or self.processes.tensor else None
+        )
         if self.processes.is_first:
             model = self._plain(weights)
             if is_best:

@@ -6,23 +6,32 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from model.training.tensor_parallel import split_by_heads
 
 
 class Processes:
     """What the training loop asks of its neighbours. Of a process alone, rank is 0 and size 1."""
 
-    def __init__(self, device, shard=False):
+    def __init__(self, device, shard=False, tensor=False):
         """device: a torch.device; under torchrun a CUDA device becomes this process's own.
 
-        shard: whether each holds a part of all weights, gradients and moments (FSDP2), or all of them (DDP). Raises
-        ValueError where there is nobody to share with.
+        shard: whether each holds a part of all weights, gradients and moments (FSDP2), or all of them (DDP). tensor:
+        whether all of them compute each micro-batch together (tensor_parallel.py). Raises ValueError for both at once,
+        and where there is nobody to share with.
         """
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.device, self.shard, self.hosts = device, shard, None
-        if shard and self.size == 1:
-            raise ValueError("training: shard splits a model among processes; torchrun starts them, and there is one")
+        self.device, self.shard, self.tensor, self.hosts = device, shard, tensor, None
+        # Those who read batches of their own, and which of them this one is.
+        self.readers, self.reader = (1, 0) if tensor else (self.size, self.rank)
+        if shard and tensor:
+            raise ValueError("training: shard and tensor_parallel are two ways to split a model; choose one")
+        if (shard or tensor) and self.size == 1:
+            name = "shard" if shard else "tensor_parallel"
+            raise ValueError(f"training: {name} splits a model among processes; torchrun starts them, and there is one")
         if self.size > 1:
             if device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -47,13 +56,16 @@ class Processes:
             for block in model.transformer.h:
                 fully_shard(block, mp_policy=policy)
             return fully_shard(model, mp_policy=policy)
+        if self.tensor:
+            split_by_heads(model, init_device_mesh(self.device.type, (self.size,)))
+            return model
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def without_averaging(self, model):
         """A context in which backward leaves gradients where they are, as all but the last micro-batch do."""
         if isinstance(model, FSDPModule):
             return _unreduced(model)
-        return model.no_sync() if self.size > 1 else nullcontext()
+        return model.no_sync() if self.readers > 1 else nullcontext()
 
     def mean(self, value):
         """The mean of a scalar tensor over all processes."""

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from model.training.data import Batches, Tokens
 from model.training.log import read_log
 from model.training.loop import Settings
 from model.training.optimizer import adamw, flops_per_token, learning_rate
+from model.training.tensor_parallel import split_by_heads
 from tokenizer.shards import write_shard
 
 RUN = Path(__file__).with_name("training_run.py")
@@ -286,9 +289,58 @@ class TestAStateThatIsSplit:
         assert names == ["step-00000003.pt", "step-00000006"]
 
 
+class TestTensorParallel:
+    """Two processes compute each micro-batch together: the losses, norms and weights of one."""
+
+    OPTIONS: ClassVar = {**TWO, "accumulate": 4}
+
+    def test_two_are_one(self, alone, data, tmp_path):
+        out = tmp_path / "two"
+        two = program(data, out, launcher=TORCHRUN, tensor=True, **self.OPTIONS)
+        assert two.returncode == 0, two.stderr
+        same_losses(out, alone.directory)
+        for path in (out, out / "best"):
+            for name, tensor in GPT2.from_pretrained(path).state_dict().items():
+                assert torch.allclose(tensor, alone.model.state_dict()[name], atol=2e-4), name
+        again = start(data, until_step_3(out, tmp_path / "again"), **self.OPTIONS, resume=True)
+        again.train()
+        same_losses(tmp_path / "again", alone.directory)
+
+    def test_two_go_on_from_what_one_wrote(self, alone, data, tmp_path):
+        out = until_step_3(alone.directory, tmp_path / "out")
+        assert program(data, out, launcher=TORCHRUN, tensor=True, resume=True, **self.OPTIONS).returncode == 0
+        same_losses(out, alone.directory)
+        before, after = (torch.load(path / "training" / "step-00000006.pt") for path in (alone.directory, out))
+        for one, other in zip(*map(torch.utils._pytree.tree_leaves, (before["optimizer"], after["optimizer"]))):
+            if isinstance(one, torch.Tensor):
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
+
+    def test_sixteen_bits(self, data, tmp_path):
+        options = {**self.OPTIONS, "dtype": "pure-bfloat16", "steps": 2, "accumulate": 1, "eval_every": 0}
+        start(data, tmp_path / "one", **options).train()
+        assert program(data, tmp_path / "two", launcher=TORCHRUN, tensor=True, **options).returncode == 0
+        assert rows(tmp_path / "two") == pytest.approx(rows(tmp_path / "one"), abs=5e-3)
+
+    @pytest.mark.parametrize(
+        ("size", "config", "words"),
+        [
+            (3, {}, "3 processes split the model; its n_head 2 is no multiple of it"),
+            (2, {"n_inner": 33}, "2 processes split the model; its n_inner 33 is no multiple of it"),
+            (2, {"attn_pdrop": 0.1}, "a model whose tensors are split has no dropout"),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_split(self, size, config, words):
+        with pytest.raises(ValueError, match=words):
+            split_by_heads(build(**config), SimpleNamespace(size=lambda: size))
+
+
 def test_nothing_is_split_among_one(data, tmp_path):
-    with pytest.raises(ValueError, match="shard splits a model among processes; torchrun starts them"):
-        start(data, tmp_path, shard=True)
+    for name, option in (("shard", "shard"), ("tensor_parallel", "tensor")):
+        with pytest.raises(ValueError, match=f"{name} splits a model among processes; torchrun starts them"):
+            start(data, tmp_path, **{option: True})
+    with pytest.raises(ValueError, match="shard and tensor_parallel are two ways to split a model"):
+        start(data, tmp_path, shard=True, tensor=True)
 
 
 def test_the_directory_of_a_run(data, tmp_path):

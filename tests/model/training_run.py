@@ -26,9 +26,9 @@ def build(dropout=0.0, seed=0, **config):
     return GPT2(GPT2Config(**{**CONFIG, **rates, **config}))
 
 
-def start(data, out, resume=False, dropout=0.0, model=None, shard=False, **settings):
+def start(data, out, resume=False, dropout=0.0, model=None, shard=False, tensor=False, **settings):
     settings, model = Settings(**{**SETTINGS, **settings}), model or build(dropout)
-    processes = Processes(model.device, shard)
+    processes = Processes(model.device, shard, tensor)
     return Training(model, data, out, settings, processes=processes, resume=resume, show=False)
 
 
