@@ -67,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         server = Server(options.host, options.port, writer)
     except OSError as error:
         writer.close()
-        print(one_line("model.write", error), file=sys.stderr)
+        where = f"--host {options.host} --port {options.port}"
+        print(
+            f"model.write: {where}: {error.strerror}; an address of this machine and a free port are required",
+            file=sys.stderr,
+        )
         return 2
     print(f"{server.url} (Ctrl-C ends)", flush=True)
     try:
