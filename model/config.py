@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -176,7 +176,6 @@ class GPT2Config:
     problem_type: str | None = None
     architectures: list[str] | None = None
     extra: dict = field(default_factory=dict, repr=False)
-    _commit_hash: ClassVar[None] = None  # transformers' pipeline() asks for it, up to 5.17
 
     model_type = "gpt2"
 

@@ -1,10 +1,12 @@
 """What transformers' pipeline, PEFT and other people's decoding loops ask of a model."""
 
+import importlib.metadata
 import math
 
 import pytest
 import torch
 from optional import transformers
+from packaging.version import Version
 from peers import pair, spread, tiny_config
 from torch import nn
 
@@ -102,10 +104,13 @@ def test_what_others_ask():
 
 
 def test_transformers_pipeline_runs_on_our_model_and_tokenizer():
+    pipeline = transformers.pipeline
+    if Version(importlib.metadata.version("transformers")) < Version("5.18"):
+        pytest.skip("its pipeline() asks for config._commit_hash, and for spaces cleaned up, which ours refuse")
     model = spread(GPT2(GPT2Config(n_embd=16, n_layer=1, n_head=2))).eval()
     tokenizer = GPT2Tokenizer.from_pretrained("gpt2")
     tokenizer.pad_token = tokenizer.eos_token
-    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
     texts = ["Hello", "Hi there, you"]
     found = pipe(texts, max_new_tokens=3, do_sample=False)
     for text, [answer] in zip(texts, found):
