@@ -49,6 +49,8 @@ class Stage:
             return list(self.arguments)
         words = []
         for word in self.arguments:
+            if word == "liger":  # the interpreter does not run it
+                continue
             # The interpreter has no bf16; of several numbers the first stays, and a length becomes a short one.
             if not (word.isdigit() and words[-1].isdigit()):
                 words.append("17" if word.isdigit() and int(word) > 256 else word.replace("bfloat16", "float16"))

@@ -145,6 +145,10 @@ def install():
     _shrink()
 
 
+def _profile(activities):
+    return profile(activities=[ProfilerActivity.CPU])
+
+
 def _shrink():
     """Sizes at which an interpreted kernel takes a moment."""
     from bench import ceilings, model_sweep, pointwise_sweep, training_sweep, transformers_sweep, tune
@@ -154,7 +158,7 @@ def _shrink():
     # The interpreter is refused as nothing to be timed, and rightly: nothing is timed here.
     cli.resolve_device = lambda name: torch.device("cpu" if name == "cpu" else "cuda")
     # Of a GPU that is not there a profiler complains at every operation, with the stack, for minutes.
-    kernel_names.profile = lambda activities: profile(activities=[ProfilerActivity.CPU])
+    kernel_names.profile = _profile
     clock.BUFFER_BYTES = 2**12
     clock.MAX_REPEATS = 2
     for scenario, sizes in attention_cases.SIZES.items():
