@@ -5,7 +5,7 @@ import torch
 from triton.runtime import driver
 
 from kernels.dropout import STEPS
-from kernels.library import INTERPRETED
+from kernels.library import INTERPRETED, is_autocast_on
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -123,7 +123,7 @@ def check_dtype(function, tensor, name, allowed=FLOATS):
 def autocast_hint(tensor):
     """What a message about dtypes adds under autocast: it casts the inputs of torch's own functions, not of ours."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocast_on(kind):
         return ""
     dtype = _words([torch.get_autocast_dtype(kind)])
     return f" (autocast to {dtype} is on; it casts no inputs of these kernels: cast them, or leave autocast)"

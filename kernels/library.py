@@ -11,6 +11,8 @@ from triton.runtime import driver
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
+# Of these torch can tell whether autocast is on; torch.amp.is_autocast_available says it, which torch 2.11 cannot trace.
+AUTOCAST_KINDS = ("cpu", "cuda", "mps", "xpu")
 
 # Triton decides when a kernel is decorated whether it is compiled or interpreted, so one process does one of the two.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -116,4 +118,9 @@ def dot_precision(dtype):
 def without_autocast(tensor):
     """A context in which torch's own functions compute in the dtypes that they are given, on the tensor's device."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in AUTOCAST_KINDS else contextlib.nullcontext()
+
+
+def is_autocast_on(kind):
+    """Whether autocast is on for devices of this kind."""
+    return kind in AUTOCAST_KINDS and torch.is_autocast_enabled(kind)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.checks import check_number
+from kernels.library import is_autocast_on
 from model.attention import attention, check_attention_name, self_attention, split_heads
 from model.cache import KVCache
 from model.checkpoints.pretrained import PretrainedModel
@@ -503,8 +504,7 @@ GPT2LMHeadModel = GPT2
 
 def _compute_dtype(model):
     device = model.device.type
-    is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_mixed else model.dtype
+    return torch.get_autocast_dtype(device) if is_autocast_on(device) else model.dtype
 
 
 def active_p(dropout):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kernels.library import is_autocast_on
 from model.attention import attention
 from model.inputs import check_shape, padding_bounds
 from model.layers.linear import Conv1D
@@ -34,7 +35,7 @@ def encoder_of(config, states, mask, B, cache, dtype):
         raise ValueError("GPT2Model: encoder_hidden_states came, but config.add_cross_attention is False")
     S = states.shape[1] if states.dim() == 3 else 1
     check_shape("encoder_hidden_states", states, (B, S, config.n_embd))
-    if states.dtype != dtype and not _is_mixed(states.device.type):
+    if states.dtype != dtype and not is_autocast_on(states.device.type):
         raise TypeError(f"GPT2Model: encoder_hidden_states is {states.dtype}; the model is {dtype}: .to(model.dtype)")
     if S == 0:
         raise ValueError("GPT2Model: encoder_hidden_states has no token; at least one is required")
@@ -44,10 +45,6 @@ def encoder_of(config, states, mask, B, cache, dtype):
             raise ValueError(f"GPT2Model: encoder_hidden_states has {S} tokens; past_key_values has seen {seen}")
         return held
     return Encoder(states, *padding_bounds(mask, B, S))
-
-
-def _is_mixed(device):
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class CrossAttention(nn.Module):

@@ -15,6 +15,7 @@ from kernels import add_layer_norm as fused_add_layer_norm
 from kernels import bias_gelu, cross_entropy, linear_cross_entropy
 from kernels import layer_norm as fused_layer_norm
 from kernels.checks import FLOATS
+from kernels.library import is_autocast_on
 from model.attention import triton_runs_on
 
 KERNEL_IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -57,8 +58,7 @@ def use_triton(kernels, x):
 def autocast_dtype(x):
     """What autocast computes in on x's device, or None where it is off or x is not fp32."""
     kind = x.device.type
-    # torch.amp.is_autocast_available would be asked instead, but torch 2.11 cannot compile it.
-    if x.dtype != torch.float32 or kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float32 or not is_autocast_on(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

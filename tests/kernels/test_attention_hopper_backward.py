@@ -100,7 +100,7 @@ def check(q, k, v, do, **options):
         for dtype in (q.dtype, torch.float64)
     )
     for what, actual, plain, exact in zip(("dq", "dk", "dv"), found, baseline, oracle):
-        numerics.assert_gradient_close(actual, plain, exact, what=what)
+        numerics.assert_gradient_close(actual, plain, exact, what=what, beside=oracle)
     return found
 
 
