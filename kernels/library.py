@@ -11,7 +11,7 @@ from triton.runtime import driver
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
-# Kinds of devices of which torch can tell it. torch.amp.is_autocast_available would say more; torch 2.11 cannot trace it.
+# Devices of which torch can tell it. torch.amp.is_autocast_available would say more, but torch 2.11 cannot trace it.
 AUTOCAST_KINDS = ("cpu", "cuda", "mps", "xpu")
 
 # Triton decides when a kernel is decorated whether it is compiled or interpreted, so one process does one of the two.
