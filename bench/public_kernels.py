@@ -3,6 +3,8 @@
     pip install -e '.[public]'
     python bench/public_kernels.py [--package NAME] [--kernel PART] [--arch sm_90] [--seed N] [--json F] [--markdown F]
 
+    TRITON_TUTORIALS=triton/python/tutorials python bench/public_kernels.py --package tutorials      # of a checkout
+
 Each case calls a public function of a package as it is installed, forward and mostly backward too. A package that is
 not installed is named and left out. Autotuned kernels run their first configuration. No GPU is used, no time measured.
 """
@@ -23,6 +25,7 @@ from bench.lib.gate import OK
 from bench.lib.lanes import in_process_of_lane
 from bench.lib.public import cases_of
 from bench.lib.public.cases import run_case, version_of
+from bench.lib.public.tutorials import TUTORIALS, VARIABLE
 from bench.lib.record import environment_of
 
 ARCHS = ("sm_80", "sm_90")
@@ -117,7 +120,8 @@ def main(argv=None):
         parser.error(f"--package {args.package!r} --kernel {args.kernel!r}: no such case; the packages are {names}")
     missing = [p for p in dict.fromkeys(case.package for case in chosen) if version_of(p) is None]
     for package in missing:
-        print(f"{package} is not installed: its cases are left out; pip install -e '.[public]'", file=sys.stderr)
+        how = f"set {VARIABLE} to their folder" if package == TUTORIALS else "pip install -e '.[public]'"
+        print(f"{package} is not installed: its cases are left out; {how}", file=sys.stderr)
     names = {str(case) for case in chosen if case.package not in missing}
     if not names:
         parser.error("nothing is left to run")

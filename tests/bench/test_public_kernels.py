@@ -1,6 +1,7 @@
 """Other people's kernels: a few cases as they are in the table, what a fault looks like there, wrong calls."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from optional import needs
 
 from bench import public_kernels
 from bench.lib.gate import OK
-from bench.lib.public import cases_of
+from bench.lib.public import cases, cases_of, tutorials
 from bench.lib.public.cases import Case, judged, run_case
 
 pytestmark = pytest.mark.simulate
@@ -96,3 +97,43 @@ def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         public_kernels.main(["--package", "liger"])
     assert "liger-kernel is not installed: its cases are left out" in capsys.readouterr().err
+
+
+TUTORIAL = """
+import torch, triton
+import triton.language as tl
+DEVICE = triton.runtime.driver.active.get_active_torch_device()
+@triton.jit
+def add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n) + tl.load(y_ptr + i, mask=i < n), mask=i < n)
+def add(x, y):
+    out = torch.empty_like(x)
+    add_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, out, x.numel(), BLOCK=1024)
+    return out
+kept = 3
+z = add(torch.zeros(3), torch.zeros(3))
+also = z + kept
+raise SystemExit("a script that is run, not read")
+@triton.testing.perf_report(triton.testing.Benchmark(nothing))
+def benchmark(): ...
+benchmark.run()
+"""
+
+
+def test_a_tutorial_is_read_for_its_definitions_alone(tmp_path, monkeypatch):
+    (tmp_path / "01-vector-add.py").write_text(TUTORIAL)
+    monkeypatch.setenv(tutorials.VARIABLE, str(tmp_path))
+    row = run_case(case("01, vector addition"), "sm_90", seed=1)
+    assert (row["status"], row["kernels"]) == ("ok", ["add_kernel"])
+    assert len(row["version"]) == 12
+    module = sys.modules["tutorial_01"]
+    assert module.kept == 3
+    assert not {"z", "also", "benchmark"} & vars(module).keys()
+
+
+def test_without_a_checkout_the_tutorials_have_no_version(tmp_path, monkeypatch):
+    monkeypatch.delenv(tutorials.VARIABLE, raising=False)
+    assert cases.version_of(tutorials.TUTORIALS) is None
+    monkeypatch.setenv(tutorials.VARIABLE, str(tmp_path))
+    assert cases.version_of(tutorials.TUTORIALS) is None
