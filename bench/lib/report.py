@@ -40,6 +40,8 @@ def write(work, out, environment, outcomes):
     write_file(out / "results.json", json.dumps(stages | {"results": results, "tests": tests}) + "\n")
     for path in charts:
         write_file(out / path.name, path.read_bytes())
+    for stale in {path.name for path in work.glob("*/*.png")} - {path.name for path in charts}:
+        (out / stale).unlink(missing_ok=True)  # one of the first while less was known
     pack(work, out / REST)
 
 

@@ -351,3 +351,22 @@ def test_the_whole_visit_is_rehearsed_without_a_gpu(tmp_path):
     files = list((tmp_path / "out").rglob("*"))
     assert len(files) <= 8
     assert all(path.is_file() and path.stat().st_size < 16 * 2**20 for path in files)
+
+
+def test_a_chart_that_is_no_longer_among_the_first_leaves(tmp_path):
+    work, out = tmp_path / "work", tmp_path / "out"
+    environment = environment_of("cpu", "python bench/run_all.py")
+    (work / "lengths").mkdir(parents=True)
+    out.mkdir()
+    for name in ("attention_a", "attention_b", "attention_c", "attention_d"):
+        (work / "lengths" / f"{name}.png").write_bytes(b"a chart")
+    report.write(work, out, environment, {})
+    assert len(list(out.glob("*.png"))) == report.CHARTS == 4
+    (work / "lengths" / "attention_packed.png").write_bytes(b"a better one")
+    report.write(work, out, environment, {})
+    assert {path.stem for path in out.glob("*.png")} == {
+        "attention_a",
+        "attention_b",
+        "attention_c",
+        "attention_packed",
+    }

@@ -77,8 +77,13 @@ def mma(inst, kernel):
 
 
 def multiply(left, right):
-    """(batch, m, k) x (batch, n, k) -> (batch, m, n)."""
-    return np.matmul(left, right.swapaxes(1, 2))
+    """(batch, m, k) x (batch, n, k) -> (batch, m, n), fp32: sums of exact products, rounded once.
+
+    In fp32 a processor's library adds in an order that depends on an element's place in the matrix; the matrix units of
+    a GPU do not, and so bits that are the same there would differ here.
+    """
+    with np.errstate(over="ignore"):
+        return np.matmul(left.astype(np.float64), right.swapaxes(1, 2).astype(np.float64)).astype(np.float32)
 
 
 def _matrix_access(inst, kernel, address, count):
