@@ -36,9 +36,12 @@ def terms(q, k, v, do=None, **options):
     Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis"); libraries, and the interpreter's numpy, add
     up parts. A weight errs as its score does; dq and dk are differences dp - delta, which cancel. On an H100, and in
     the simulator just so, dq of D = 256 erred by 4.0e-6, 1.75 times the bound without these. Up to D = 64, in the
-    interpreter, and in two-byte dtypes, whose products' rounding hides all this, the bound holds without them.
+    interpreter, and in two-byte dtypes, whose products' rounding hides all this, the bound holds without them; but for
+    a single key, where dq and dk are nothing but what dp - delta leaves of terms that cancel to zero: there the terms
+    themselves give the scale. (Numpy's products, and with them the interpreter's, round as the processor has it.)
     """
-    if q.dtype != torch.float32 or q.shape[-1] <= 64 or INTERPRETED:
+    chained = q.shape[-1] > 64 and not INTERPRETED
+    if q.dtype != torch.float32 or not (chained or k.shape[2] == 1):
         return [()] * 4
     q, k, v = q.double(), k.double(), v.double()
     p = reference.attention(q, k, v, **options)[1]  # [B, H, T_q, T_k]
@@ -46,9 +49,11 @@ def terms(q, k, v, do=None, **options):
     scores = p * (q @ k.transpose(-2, -1) * scale).abs()
     found = [scores @ v.abs()]
     if do is not None:
-        flow = p * (do.double() @ v.transpose(-2, -1)).abs() * scale
-        found += [flow @ k.abs(), flow.transpose(-2, -1) @ q.abs(), scores.transpose(-2, -1) @ do.double().abs()]
-    chain = q.shape[-1] ** 0.5 / 4  # sqrt(D) u, in the floor's two units of 2 u
+        do = do.double()
+        dp = (do @ v.transpose(-2, -1)).abs() if chained else do.abs() @ v.abs().transpose(-2, -1)  # or of its terms
+        flow = p * dp * scale
+        found += [flow @ k.abs(), flow.transpose(-2, -1) @ q.abs(), scores.transpose(-2, -1) @ do.abs()]
+    chain = q.shape[-1] ** 0.5 / 4 if chained else 1.0  # sqrt(D) u, in the floor's two units of 2 u
     return [(chain * term,) for term in found]
 
 
