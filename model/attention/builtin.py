@@ -1,6 +1,7 @@
 """The backends that need nothing beside torch and this project: eager, sdpa, triton."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +60,22 @@ def triton_runs_on(device):
     return True
 
 
+_EVERY_CHIPS: dict[str, Any] = {  # what the portable kernels do, and so these two
+    "dtypes": (torch.float16, torch.bfloat16, torch.float32),
+    "max_head_dim": MAX_HEAD_DIM,
+    "padding": True,
+    "dropout": True,
+    "unequal_lengths": True,
+    "upcast": True,
+    "capturable": True,
+    "runs_on": triton_runs_on,
+}
+
+
 @register_attention(
     "triton",
     projection=flash_attention_packed,
-    dtypes=(torch.float16, torch.bfloat16, torch.float32),
-    max_head_dim=MAX_HEAD_DIM,
-    padding=True,
-    dropout=True,
-    unequal_lengths=True,
-    upcast=True,
-    capturable=True,
-    runs_on=triton_runs_on,
+    **_EVERY_CHIPS,
 )
 def triton(q, k, v, *, upcast, **options):
     """The kernels of this project, the fastest known. Their scores are fp32 throughout, so `upcast` changes nothing."""
@@ -79,14 +85,7 @@ def triton(q, k, v, *, upcast, **options):
 @register_attention(
     "triton-portable",
     projection=partial(flash_attention_packed, kernel="portable"),
-    dtypes=(torch.float16, torch.bfloat16, torch.float32),
-    max_head_dim=MAX_HEAD_DIM,
-    padding=True,
-    dropout=True,
-    unequal_lengths=True,
-    upcast=True,
-    capturable=True,
-    runs_on=triton_runs_on,
+    **_EVERY_CHIPS,
 )
 def triton_portable(q, k, v, *, upcast, **options):
     """Those of them that every chip runs, on Hopper too."""
