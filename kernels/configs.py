@@ -85,12 +85,11 @@ ATTENTION = {
         ("dkdv", 4): {64: C(32, 32, 4, 1), 128: C(16, 32, 4, 1), 256: C(16, 16, 4, 1)},
     },
 }
-# Dropout's Philox needs registers too. Where the rows above then spill at head dims up to 64, two bytes, these do not
-# (but for 16 bytes on sm_120 in dkdv, in every shape that was tried).
+# Dropout's draws need registers too, at head dims up to 64 and two bytes: the row above spills 40 bytes on sm_120, and
+# 128 x 64 holds one block of 8 warps on sm_90 where this holds three of 4. Not measured.
 ATTENTION_WITH_DROPOUT = {
-    "sm_80": {"forward": C(64, 64, 4, 3), "dkdv": C(32, 64, 4, 2)},
-    "sm_86": {"dq": C(32, 64, 4, 2), "dkdv": C(32, 64, 4, 2)},
-    "sm_90": {"forward": C(64, 64, 4, 3), "dq": C(64, 64, 4, 3)},
+    "sm_86": {"dkdv": C(32, 64, 4, 2)},
+    "sm_90": {"forward": C(64, 64, 4, 2)},
 }
 
 # Tiles of attention/hopper.py ("forward") and hopper_backward.py, which are Gluon and for sm_90 alone; num_stages are

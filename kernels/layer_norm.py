@@ -67,7 +67,7 @@ def _dropout(
     x, seed_ptr, offs_m, keep_scale, drop_below, i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Column tile i of rows offs_m after dropout, whose mask depends on the seed, the row and the column alone."""
-    keep = dropout_mask(tl.load(seed_ptr), tl.full([], 0, tl.uint32), offs_m, i * BLOCK_N, drop_below, BLOCK_M, BLOCK_N)
+    keep = dropout_mask(tl.load(seed_ptr), offs_m, i * BLOCK_N, drop_below, BLOCK_M, BLOCK_N)
     return tl.where(keep, x * keep_scale, 0.0)
 
 

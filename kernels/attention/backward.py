@@ -1,13 +1,14 @@
 """Attention backward in two kernels: dq with delta, then dk and dv. No atomics, so two runs give the same bits.
 
-With p = exp2(s - lse), s in log2 units, and dropout's choice z (0 or 1 / (1 - p_drop), 1 without dropout):
+With p = exp2(s - lse), s in log2 units, dropout's choice z_ij, 0 or 1, and keep_scale = 1 / (1 - p_drop), where both
+are 1 without dropout:
 
-    delta_i = sum_d o_id do_id                        one number per query
+    delta_i = sum_d o_id do_id / keep_scale           one number per query
     dp_ij   = z_ij sum_d do_id v_jd
     ds_ij   = p_ij (dp_ij - delta_i)
-    dq_i    = scale sum_j ds_ij k_j
-    dk_j    = scale sum_i ds_ij q_i
-    dv_j    = sum_i z_ij p_ij do_i
+    dq_i    = keep_scale scale sum_j ds_ij k_j
+    dk_j    = keep_scale scale sum_i ds_ij q_i
+    dv_j    = keep_scale sum_i z_ij p_ij do_i
 
 (FlashAttention-2, Dao, 2023, algorithm 2.) The first kernel walks over keys for a tile of queries, computes delta from
 its own rows of o and do and stores it; the second walks over queries for a tile of keys, with transposed scores, so
@@ -23,10 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.dropout import dropout_key, dropped_weight, keep_mask
 from kernels.attention.plans import COUNTS, contiguous_heads, packed_heads, tile_constants
 from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
-from kernels.dropout import dropout_mask, dropout_numbers
+from kernels.dropout import dropout_numbers
 from kernels.launch import Launcher
 from kernels.library import LOG2E
 
@@ -90,14 +92,14 @@ def _attention_dq_kernel(
     o = _load_rows(o_ptr, offs_m, stride_ot, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     do_ptr += b * stride_dob + h * stride_doh
     do = _load_rows(do_ptr, offs_m, stride_dot, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale  # [BLOCK_M]
     tl.store(delta_ptr + head * T_q + offs_m, delta, mask=inside)
     lse = tl.load(lse_ptr + head * T_q + offs_m, mask=inside, other=0.0)  # [BLOCK_M]
     k_ptr += b * stride_kb + h * stride_kh + tl.cast(kv_start, tl.int64) * stride_kt
     v_ptr += b * stride_vb + h * stride_vh + tl.cast(kv_start, tl.int64) * stride_vt
-    seed = 0
+    dropout = 0
     if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+        dropout = dropout_key(tl.load(seed_ptr), head)
 
     full, seen = _key_tiles(tile * BLOCK_M, num_keys, diagonal, BLOCK_M, BLOCK_N, IS_CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -112,11 +114,19 @@ def _attention_dq_kernel(
                 p = tl.where(_visible(offs_m[:, None], offs_n[None, :], num_keys, diagonal, IS_CAUSAL), p, 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=DOT_PRECISION)  # [BLOCK_M, BLOCK_N]
             if HAS_DROPOUT:
-                keep = dropout_mask(seed, head, offs_m, n, drop_below, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N]
-                dp = tl.where(keep, dp * keep_scale, 0.0)
+                keep = keep_mask(dropout, tile * BLOCK_M, n, drop_below, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+                dp = tl.where(keep, dp, 0.0)
             ds = p * (dp - delta[:, None])  # [BLOCK_M, BLOCK_N]
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT_PRECISION)  # scale comes at the end
-    _store_rows(dq_ptr + b * stride_dqb + h * stride_dqh, dq * scale, offs_m, stride_dqt, inside, HEAD_DIM, BLOCK_D)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT_PRECISION)  # scales come at the end
+    _store_rows(
+        dq_ptr + b * stride_dqb + h * stride_dqh,
+        dq * (scale * keep_scale),
+        offs_m,
+        stride_dqt,
+        inside,
+        HEAD_DIM,
+        BLOCK_D,
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -178,22 +188,26 @@ def _attention_dkdv_kernel(
     v_ptr += b * stride_vb + h * stride_vh + first_key * stride_vt
     k = _load_rows(k_ptr, offs_n, stride_kt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-    seed = 0
+    dropout = 0
+    dropped = 0.0
     if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+        dropout = dropout_key(tl.load(seed_ptr), head)
+        dropped = dropped_weight(drop_below)
 
     # Queries before `seen` see no key of the tile, queries from `full` on see all of them that are valid. Tiles of
-    # queries end at T_q, so that the ragged one comes first, where a mask is needed anyway.
+    # queries end at T_q, so that the ragged one comes first, where a mask is needed anyway; with dropout, which is
+    # drawn for 16 queries at a time, at the next multiple of 16.
+    end_q = tl.cdiv(T_q, 16) * 16 if HAS_DROPOUT else T_q
     seen = 0
     full = 0
     if IS_CAUSAL:
         seen = tl.maximum(n - diagonal, 0)
         full = tl.maximum(n + BLOCK_N - 1 - diagonal, 0)
     if n >= num_keys:
-        seen = T_q
-        full = T_q
-    start = T_q - tl.cdiv(tl.maximum(T_q - seen, 0), BLOCK_M) * BLOCK_M
-    full = T_q - tl.maximum(T_q - full, 0) // BLOCK_M * BLOCK_M
+        seen = end_q
+        full = end_q
+    start = end_q - tl.cdiv(tl.maximum(end_q - seen, 0), BLOCK_M) * BLOCK_M
+    full = end_q - tl.maximum(end_q - full, 0) // BLOCK_M * BLOCK_M
 
     q_ptr += b * stride_qb + h * stride_qh
     do_ptr += b * stride_dob + h * stride_doh
@@ -201,16 +215,19 @@ def _attention_dkdv_kernel(
     delta_ptr += head * T_q
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # MASKED is 1, then 0. With a mask, the first queries of a tile may be negative.
+    # MASKED is 1, then 0. With a mask, the first queries of a tile may be negative; with dropout, its last may be T_q
+    # and beyond. Such queries are rows of zeros, which add nothing to dk and dv.
     for MASKED in tl.static_range(1, -1, -1):
-        end = full if MASKED else T_q
+        end = full if MASKED else end_q
         for m in tl.range(start if MASKED else full, end, BLOCK_M):
             offs_m = m + tl.arange(0, BLOCK_M)
-            q = _load_rows(q_ptr, offs_m, stride_qt, 0, end, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_M, BLOCK_D]
-            do = _load_rows(do_ptr, offs_m, stride_dot, 0, end, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_M, BLOCK_D]
-            if MASKED:
-                lse = tl.load(lse_ptr + offs_m, mask=offs_m >= 0, other=0.0)  # [BLOCK_M]
-                delta = tl.load(delta_ptr + offs_m, mask=offs_m >= 0, other=0.0)  # [BLOCK_M]
+            limit = T_q if HAS_DROPOUT else end
+            q = _load_rows(q_ptr, offs_m, stride_qt, 0, limit, HEAD_DIM, BLOCK_D, MASKED or HAS_DROPOUT)
+            do = _load_rows(do_ptr, offs_m, stride_dot, 0, limit, HEAD_DIM, BLOCK_D, MASKED or HAS_DROPOUT)
+            if MASKED or HAS_DROPOUT:
+                inside = (offs_m >= 0) & (offs_m < limit)
+                lse = tl.load(lse_ptr + offs_m, mask=inside, other=0.0)  # [BLOCK_M]
+                delta = tl.load(delta_ptr + offs_m, mask=inside, other=0.0)  # [BLOCK_M]
             else:
                 lse = tl.load(lse_ptr + offs_m)  # [BLOCK_M]
                 delta = tl.load(delta_ptr + offs_m)  # [BLOCK_M]
@@ -221,20 +238,20 @@ def _attention_dkdv_kernel(
             dp_t = tl.dot(v, tl.trans(do), input_precision=DOT_PRECISION)  # [BLOCK_N, BLOCK_M]
             kept_t = p_t
             if HAS_DROPOUT:
-                keep_t = tl.trans(dropout_mask(seed, head, offs_m, n, drop_below, BLOCK_M, BLOCK_N))
-                kept_t = tl.where(keep_t, p_t * keep_scale, 0.0)
-                dp_t = tl.where(keep_t, dp_t * keep_scale, 0.0)
+                keep_t = keep_mask(dropout, m, n, drop_below, BLOCK_M, BLOCK_N, TRANSPOSED=True)
+                kept_t = tl.where(keep_t, p_t, dropped)
+                dp_t = tl.where(keep_t, dp_t, 0.0)
             dv = tl.dot(kept_t.to(do.dtype), do, dv, input_precision=DOT_PRECISION)
             ds_t = p_t * (dp_t - delta[None, :])  # [BLOCK_N, BLOCK_M]
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=DOT_PRECISION)  # scale comes at the end
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=DOT_PRECISION)  # scales come at the end
 
     # Keys beyond the valid ones wrap around to the rows before kv_start: every row of dk and dv is written once.
     valid = (offs_n < num_keys)[:, None]
     position = first_key + offs_n
     position = tl.where(position < T_k, position, position - T_k)
     inside = offs_n < T_k
-    dk = tl.where(valid, dk * scale, 0.0)
-    dv = tl.where(valid, dv, 0.0)
+    dk = tl.where(valid, dk * (scale * keep_scale), 0.0)
+    dv = tl.where(valid, dv * keep_scale, 0.0)
     _store_rows(dk_ptr + b * stride_dkb + h * stride_dkh, dk, position, stride_dkt, inside, HEAD_DIM, BLOCK_D)
     _store_rows(dv_ptr + b * stride_dvb + h * stride_dvh, dv, position, stride_dvt, inside, HEAD_DIM, BLOCK_D)
 

@@ -20,10 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.dropout import dropout_key, dropped_weight, keep_mask
 from kernels.attention.plans import COUNTS, contiguous_heads, packed_heads, tile_constants
 from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
-from kernels.dropout import dropout_mask, dropout_numbers
+from kernels.dropout import dropout_numbers
 from kernels.launch import Launcher
 from kernels.library import LOG2E
 
@@ -76,9 +77,11 @@ def _attention_forward_kernel(
     q = _load_rows(q_ptr, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     k_ptr += b * stride_kb + h * stride_kh + tl.cast(kv_start, tl.int64) * stride_kt
     v_ptr += b * stride_vb + h * stride_vh + tl.cast(kv_start, tl.int64) * stride_vt
-    seed = 0
+    dropout = 0
+    dropped = 0.0
     if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+        dropout = dropout_key(tl.load(seed_ptr), head)
+        dropped = dropped_weight(drop_below)
 
     full, seen = _key_tiles(tile * BLOCK_M, num_keys, diagonal, BLOCK_M, BLOCK_N, IS_CAUSAL)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -104,7 +107,7 @@ def _attention_forward_kernel(
             m_i = m_new
             acc = acc * alpha[:, None]
             if HAS_DROPOUT:
-                p = tl.where(dropout_mask(seed, head, offs_m, n, drop_below, BLOCK_M, BLOCK_N), p, 0.0)
+                p = tl.where(keep_mask(dropout, tile * BLOCK_M, n, drop_below, BLOCK_M, BLOCK_N), p, dropped)
             v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=DOT_PRECISION)
 

@@ -514,6 +514,4 @@ def test_padding_and_dropout_do_not_spill_at_gpt2s_head_dim(arch, causal, dropou
             o = flash_attention_packed(qkv, 2, causal=causal, dropout_p=dropout_p, **rows)
             o.backward(torch.empty_like(o))
     assert len({kernel.name for kernel in kernels}) == 3
-    for kernel in kernels:
-        known = arch == "sm_120" and dropout_p and kernel.name == "_attention_dkdv_kernel"
-        assert kernel.spilled <= (16 if known else 0), kernel
+    assert not any(kernel.spilled for kernel in kernels), kernels

@@ -6,9 +6,12 @@ import pytest
 import torch
 import triton
 from attention_cases import bounds, inputs
+from compiling import SHARED_MEMORY
+from triton.backends.compiler import GPUTarget
 
+from bench.lib.compile_only import compile_only
 from bench.lib.sass import inspect
-from kernels import flash_attention
+from kernels import flash_attention, flash_attention_packed
 from kernels.configs import ATTENTION, AttentionConfig, attention_config
 from kernels.launch import forget
 from kernels.simulator import simulate
@@ -75,6 +78,25 @@ def test_the_unmasked_loop_is_short_and_holds_no_mask(launches, direction, limit
     assert "HGMMA" in code.loop_names
     assert "FSEL" not in code.loop_names
     assert sum(code.loop_names.values()) / scores <= limit
+
+
+@pytest.mark.compile
+def test_dropout_is_drawn_where_it_is_used():
+    """Each thread draws for its own scores: the loop reaches shared memory and barriers as often as without dropout."""
+    loops, scores = [], {}
+    for dropout_p in (0.0, 0.1):
+        with compile_only(GPUTarget("cuda", 90, 32), SHARED_MEMORY["sm_90"]) as binaries, torch.enable_grad():
+            qkv = torch.empty(1, T, 3 * H * D, dtype=torch.bfloat16, requires_grad=True)
+            o = flash_attention_packed(qkv, H, dropout_p=dropout_p, kernel="portable")
+            o.backward(torch.empty_like(o))
+            for direction in KERNELS:
+                config = attention_config(direction, qkv.dtype, D, T, dropout_p > 0)
+                scores[direction] = config.BLOCK_M * config.BLOCK_N / (32 * config.num_warps)
+        loops.append({binary.name: inspect(binary.binary, binary.name) for binary in binaries})
+    for direction, limit in (("forward", 17.5), ("dq", 15.5), ("dkdv", 24.0 if TRITON_3_6 else 22.5)):
+        without, code = (loop[KERNELS[direction]] for loop in loops)
+        assert (code.loop["shared"], code.loop["barrier"]) == (without.loop["shared"], without.loop["barrier"])
+        assert sum(code.loop_names.values()) / scores[direction] <= limit
 
 
 def walked(T, own, other):

@@ -32,7 +32,7 @@ def test_the_kept_share_is_what_was_asked_for(lane, dtype, p):
 def test_neighbouring_choices_are_independent(lane, dtype):
     keep = attention_keep_mask(seed(lane.device), 1, 2, 256, 256, 0.5, None).double() - 0.5
     n = keep.numel()
-    for dim, shift in ((3, 1), (3, 2), (3, 4), (3, 8), (2, 1), (1, 1)):
+    for dim, shift in ((3, 1), (3, 2), (3, 4), (3, 8), (3, 16), (2, 1), (2, 8), (2, 16), (1, 1)):
         correlation = (keep * keep.roll(shift, dim)).mean().item() / 0.25
         assert abs(correlation) < 5 / n**0.5, (dim, shift)
 
