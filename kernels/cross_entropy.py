@@ -29,6 +29,7 @@ from kernels.checks import (
     check_flag,
     check_number,
     check_tensor,
+    once,
     refuse_second_derivative,
 )
 from kernels.configs import vocabulary_config
@@ -443,9 +444,30 @@ def check_loss(function, rows, V, target, class_weight, ignore_index, reduction,
                 f"{class_weight.stride()} on {class_weight.device}; it must be floating, contiguous and ({V},) on "
                 f"{rows.device}"
             )
-        if class_weight.requires_grad:
-            raise ValueError(f"{function}: class_weight requires a gradient, which is not implemented; detach it")
     return LossOptions(int(ignore_index), float(label_smoothing), float(softcap or 0.0), float(z_loss))
+
+
+def refuse_class_weight_gradient(function, class_weight):
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError(f"{function}: class_weight requires a gradient, which is not implemented; detach it")
+
+
+@once
+def _check(tensors, inplace, *options):
+    """cross_entropy's checks; the LossOptions."""
+    function = "cross_entropy"
+    logits, target, class_weight = tensors
+    check_tensor(function, logits, "logits", "MV")
+    check_flag(function, inplace, "inplace")
+    check_dtype(function, logits, "logits")
+    rows = as_rows(function, logits, "logits")
+    options = check_loss(function, rows, logits.shape[1], target, class_weight, *options)
+    if inplace and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"{function}: inplace is set, and logits has shape {tuple(logits.shape)} and strides "
+            f"{tuple(logits.stride())}; its rows must not overlap where the gradient is written over them"
+        )
+    return options
 
 
 def cross_entropy(
@@ -474,26 +496,7 @@ def cross_entropy(
     Returns the loss in fp32, whatever the logits' dtype: [] or, for "none", [M]. Softmax and sums are fp32.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    function = "cross_entropy"
-    check_tensor(function, logits, "logits", "MV")
-    check_flag(function, inplace, "inplace")
-    check_dtype(function, logits, "logits")
-    rows = as_rows(function, logits, "logits")
-    options = check_loss(
-        function,
-        rows,
-        logits.shape[1],
-        target,
-        class_weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-        softcap,
-        lse_square_scale,
-    )
-    if inplace and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
-        raise ValueError(
-            f"{function}: inplace is set, and logits has shape {tuple(logits.shape)} and strides "
-            f"{tuple(logits.stride())}; its rows must not overlap where the gradient is written over them"
-        )
+    shared = ignore_index, reduction, label_smoothing, softcap, lse_square_scale
+    options = _check((logits, target, class_weight), inplace, *shared)
+    refuse_class_weight_gradient("cross_entropy", class_weight)
     return _CrossEntropy.apply(logits, target, class_weight, reduction, bool(inplace), *options)

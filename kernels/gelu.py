@@ -129,8 +129,10 @@ def _forward_plan(M, N, stride_x):
     return (triton.cdiv(M, GELU_TILE.BLOCK_M), triton.cdiv(N, GELU_TILE.BLOCK_N)), (stride_x, M, N), _CONSTANTS, {}
 
 
-def _backward_plan(M, N, stride_dy, stride_x, programs):
-    return (programs, triton.cdiv(N, GELU_TILE.BLOCK_N)), (stride_dy, stride_x, M, N), _CONSTANTS, {}
+def _backward_plan(M, N, stride_dy, stride_x, programs, partial_at=0):
+    """partial_at: the element at which the partial sums begin."""
+    grid = programs, triton.cdiv(N, GELU_TILE.BLOCK_N)
+    return grid, (stride_dy, stride_x, M, N), _CONSTANTS, {4: partial_at} if partial_at else {}
 
 
 _launch_forward = Launcher(_gelu_forward_kernel, _forward_plan)

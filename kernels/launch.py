@@ -36,13 +36,12 @@ def forgotten(known):
     return known
 
 
-def watched(kernel):
-    """Whether hooks or settings are in force that Triton applies launch by launch."""
+def watched():
+    """Whether hooks or settings are in force that Triton applies launch by launch, whatever the kernel."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
-        or kernel.pre_run_hooks
         or _runtime.debug
         or _compilation.instrumentation_mode
         or _runtime.add_stages_inspection_hook
@@ -82,7 +81,7 @@ class Launcher:
                 pointers.append(pointer)
                 dtypes.append(tensor.dtype)
         full_key = (device, index, *dtypes, key)
-        if bits & 15 or elsewhere or watched(self.kernel):
+        if bits & 15 or elsewhere or self.kernel.pre_run_hooks or watched():
             return self._through_triton(tensors, key, None)
         launch = self.known.get(full_key)
         if launch is None:
@@ -116,32 +115,42 @@ class Launcher:
         )
 
 
+def here():
+    """(device, stream) of the launches that this thread makes next, or None while somebody watches launches.
+
+    Asking takes the host a tenth of a launch: a list of launches asks once, and hands it to each Bound.
+    """
+    if INTERPRETED or watched():
+        return None
+    active = driver.active
+    device = active.get_current_device()
+    return device, active.get_current_stream(device)
+
+
 class Bound:
     """launcher(tensors, *key) of one key, for tensors that have their device, dtypes and absences in common.
 
-    The caller vouches for that: they are not looked at again. bound(*tensors) is launcher(tensors, *key) wherever the
-    launch is not remembered, an address is not a multiple of 16, or somebody watches. It outlives no forget().
+    The caller vouches for that: they are not looked at again. bound(here(), *tensors) is launcher(tensors, *key)
+    wherever the launch is not remembered, an address is not a multiple of 16, or somebody watches. It outlives no
+    forget().
     """
 
-    __slots__ = ("key", "known", "launcher")
+    __slots__ = ("kernel", "key", "known", "launcher")
 
     def __init__(self, launcher, *key):
-        self.launcher, self.key, self.known = launcher, key, _NOTHING
+        self.launcher, self.kernel, self.key, self.known = launcher, launcher.kernel, key, _NOTHING
 
-    def __call__(self, *tensors):
-        bits, pointers = 0, []
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-            else:
-                pointer = tensor.data_ptr()
+    def __call__(self, place, *tensors):
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for pointer in pointers:
+            if pointer:
                 bits |= pointer
-                pointers.append(pointer)
         device, launch = self.known
-        if launch is None or bits & 15 or driver.active.get_current_device() != device or watched(self.launcher.kernel):
+        if place is None or bits & 15 or place[0] != device or self.kernel.pre_run_hooks:
             self.known = self.launcher(tensors, *self.key) or _NOTHING
         else:
-            _run(launch, tensors, pointers, driver.active.get_current_stream(device))
+            _run(launch, tensors, pointers, place[1])
 
 
 _NOTHING = (None, None)

@@ -309,14 +309,21 @@ _launch_backward = Launcher(_layer_norm_backward_kernel, _backward_plan)
 _launch_weight_gradients = Launcher(_weight_gradients_kernel, _weight_gradients_plan)
 
 
-def _in_one(plan, index):
-    """The plan where mean and rstd are one tensor [3 M], given twice; index: of the pointer to rstd."""
-    return lambda M, *rest: (*plan(M, *rest)[:3], {index: 2 * M})
+def _in_one(plan, mean, partial=None):
+    """The plan where mean and rstd, one behind the other, lie in one tensor, given twice, from an element on that comes
+    last in the key; so do the partial sums, from another element on behind that. mean, partial: indices of pointers."""
+
+    def in_one(M, *rest):
+        *rest, at, partial_at = (*rest, 0) if partial is None else rest
+        offsets = {mean: at, mean + 1: at + 2 * M} | ({} if partial is None else {partial: partial_at})
+        return *plan(M, *rest)[:3], offsets
+
+    return in_one
 
 
-_launch_forward_in_one = Launcher(_layer_norm_forward_kernel, _in_one(_forward_plan, 8))
-_launch_backward_in_one = Launcher(_layer_norm_backward_kernel, _in_one(_backward_plan, 5))
-_launch_weight_gradients_in_one = Launcher(_weight_gradients_kernel, _in_one(_weight_gradients_plan, 3))
+_launch_forward_in_one = Launcher(_layer_norm_forward_kernel, _in_one(_forward_plan, 7))
+_launch_backward_in_one = Launcher(_layer_norm_backward_kernel, _in_one(_backward_plan, 4, 9))
+_launch_weight_gradients_in_one = Launcher(_weight_gradients_kernel, _in_one(_weight_gradients_plan, 2, 5))
 _backward_config = functools.lru_cache(functools.partial(row_config, "backward"))
 
 

@@ -24,9 +24,18 @@ from kernels.checks import (
     check_number,
     check_same,
     check_tensor,
+    once,
     refuse_second_derivative,
 )
-from kernels.cross_entropy import OPTIONS_SCHEMA, LossOptions, check_loss, launch_counts, launch_reduction, launch_rows
+from kernels.cross_entropy import (
+    OPTIONS_SCHEMA,
+    LossOptions,
+    check_loss,
+    launch_counts,
+    launch_reduction,
+    launch_rows,
+    refuse_class_weight_gradient,
+)
 from kernels.library import define_op, without_autocast
 from kernels.rows import (
     as_rows,
@@ -199,6 +208,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, *[None] * 10
 
 
+@once
+def _check(tensors, chunk_rows, implementation, *options):
+    """linear_cross_entropy's checks; the LossOptions."""
+    function = "linear_cross_entropy"
+    x, weight, bias, target, class_weight = tensors
+    check_tensor(function, x, "x", "MC")
+    check_tensor(function, weight, "weight", "VC")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{function}: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; they must be [M, C] and [V, C]"
+        )
+    check_dtype(function, x, "x")
+    check_same(function, x, "x", weight, "weight", may_be_fp32=True)
+    V = weight.shape[0]
+    if bias is not None:
+        check_tensor(function, bias, "bias")
+        check_same(function, x, "x", bias, "bias", may_be_fp32=True)
+        if bias.shape != (V,):
+            raise ValueError(f"{function}: bias has shape {tuple(bias.shape)}; it must be ({V},)")
+    rows = as_rows(function, x, "x")
+    options = check_loss(function, rows, V, target, class_weight, *options)
+    check_number(function, chunk_rows, "chunk_rows", "at least 1", lambda rows: rows >= 1, integer=True)
+    if not isinstance(implementation, str) or implementation not in ("triton", "torch"):
+        raise ValueError(f"{function}: implementation is {implementation!r}; it must be triton or torch")
+    return options
+
+
 def linear_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -226,27 +262,9 @@ def linear_cross_entropy(
     summed in fp32.
     Raises TypeError or ValueError, before anything is launched, for what it cannot compute.
     """
-    function = "linear_cross_entropy"
-    check_tensor(function, x, "x", "MC")
-    check_tensor(function, weight, "weight", "VC")
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"{function}: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; they must be [M, C] and [V, C]"
-        )
-    check_dtype(function, x, "x")
-    check_same(function, x, "x", weight, "weight", may_be_fp32=True)
-    V = weight.shape[0]
-    if bias is not None:
-        check_tensor(function, bias, "bias")
-        check_same(function, x, "x", bias, "bias", may_be_fp32=True)
-        if bias.shape != (V,):
-            raise ValueError(f"{function}: bias has shape {tuple(bias.shape)}; it must be ({V},)")
-    rows = as_rows(function, x, "x")
     shared = ignore_index, reduction, label_smoothing, softcap, lse_square_scale
-    options = check_loss(function, rows, V, target, class_weight, *shared)
-    check_number(function, chunk_rows, "chunk_rows", "at least 1", lambda rows: rows >= 1, integer=True)
-    if not isinstance(implementation, str) or implementation not in ("triton", "torch"):
-        raise ValueError(f"{function}: implementation is {implementation!r}; it must be triton or torch")
+    options = _check((x, weight, bias, target, class_weight), chunk_rows, implementation, *shared)
+    refuse_class_weight_gradient("linear_cross_entropy", class_weight)
     compute = linear_cross_entropy_chunks if implementation == "triton" else _torch
     # Inside forward gradients are off, and needs_input_grad says what the inputs are, not what was asked for.
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))

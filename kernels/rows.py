@@ -63,10 +63,11 @@ def _store_partial(partial_ptr, sums, k, p, P, offs_n, N):
 
 
 @triton.jit
-def _column_sums_kernel(partial_ptr, sums_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """partial [K, P, N] fp32 to sums [K, N]: one program adds the P rows of BLOCK_N columns of one k."""
-    k = tl.program_id(1).to(tl.int64)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _column_sums(partial_ptr, sums_ptr, program, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of partial [K, P, N] the sums [K, N] over P, BLOCK_N columns of one k by a program."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    k = (program // tiles).to(tl.int64)
+    offs_n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for p in tl.range(0, P, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
@@ -76,8 +77,52 @@ def _column_sums_kernel(partial_ptr, sums_ptr, P, N, BLOCK_P: tl.constexpr, BLOC
     tl.store(sums_ptr + k * N + offs_n, sums, mask=offs_n < N)
 
 
-def _column_sums_plan(K, P, N):
-    return (triton.cdiv(N, 32), K), (P, N), {"BLOCK_P": 32, "BLOCK_N": 32, "num_warps": 4}, {}
+MOST_GROUPS = 5
+# Of no number it is known what divides it: the loads, and with them the order of the sums, are the same for all.
+_SIZES = [f"{size}_{i}" for i in range(MOST_GROUPS) for size in "KPN"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _column_sums_kernel(
+    partial_ptr,  # GROUPS of [K, P, N] fp32, one behind the other
+    sums_ptr,  # of each group [K, N], one behind the other
+    K_0,
+    P_0,
+    N_0,
+    K_1,
+    P_1,
+    N_1,
+    K_2,
+    P_2,
+    N_2,
+    K_3,
+    P_3,
+    N_3,
+    K_4,
+    P_4,
+    N_4,
+    GROUPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    sizes = ((K_0, P_0, N_0), (K_1, P_1, N_1), (K_2, P_2, N_2), (K_3, P_3, N_3), (K_4, P_4, N_4))
+    program = tl.program_id(0)
+    for i in tl.static_range(GROUPS):
+        K, P, N = sizes[i]
+        programs = K * tl.cdiv(N, BLOCK_N)
+        if (program >= 0) & (program < programs):
+            _column_sums(partial_ptr, sums_ptr, program, P, N, BLOCK_P, BLOCK_N)
+        program -= programs
+        partial_ptr += tl.cast(K * P, tl.int64) * N
+        sums_ptr += K * N
+
+
+def _column_sums_plan(first, *groups):
+    """first: the element of the partial sums at which they begin; groups: (K, P, N)."""
+    programs = sum(K * triton.cdiv(N, 32) for K, _, N in groups)
+    numbers = [number for group in groups for number in group] + [0] * (3 * (MOST_GROUPS - len(groups)))
+    options = {"GROUPS": len(groups), "BLOCK_P": 32, "BLOCK_N": 32, "num_warps": 4}
+    return (programs,), numbers, options, {0: first} if first else {}
 
 
 _launch_column_sums = Launcher(_column_sums_kernel, _column_sums_plan)
@@ -87,7 +132,7 @@ def column_sums(partial, dtype):
     """The sums over axis 1 of partial [K, P, N] fp32, rounded once to dtype: [K, N]."""
     K, P, N = partial.shape
     sums = partial.new_empty((K, N), dtype=dtype)
-    _launch_column_sums((partial, sums), K, P, N)
+    _launch_column_sums((partial, sums), 0, (K, P, N))
     return sums
 
 

@@ -191,18 +191,19 @@ class Block(nn.Module):
         modules = (attn, mlp, act, *dropouts, dropout, c_attn, a_proj, ln_2, c_fc, m_proj, next_norm)
         if tuple(map(type, modules)) != self._KINDS or act.name not in TANH_GELU:
             return None
-        if not all(map(is_unhooked, modules)):
+        if not is_unhooked(*modules):
             return None
-        rates = [active_p(each) for each in (*dropouts, dropout)]
-        if any(type(p) is not float for p in rates):
+        rates = list(map(active_p, (*dropouts, dropout)))
+        if list(map(type, rates)) != [float] * 3:
             return None
         weights = []
         for module in modules[6:]:
-            parameters = module._parameters
-            weights += (parameters.get("weight"), parameters.get("bias"))
-        numbers = (attn.layer_idx, attn.num_heads, float(attn.scale), *rates, float(ln_2.eps), float(next_norm.eps))
+            get = module._parameters.get
+            weights += get("weight"), get("bias")
+        scale, eps = float(attn.scale), (float(ln_2.eps), float(next_norm.eps))
+        numbers = Numbers(attn.layer_idx, attn.num_heads, scale, *rates, *eps)
         kernels = ln_2.kernel_implementation, mlp.kernel_implementation, next_norm.kernel_implementation
-        return weights, Numbers(*numbers), kernels
+        return weights, numbers, kernels
 
     _KINDS = (Attention, MLP, Activation, *[nn.Dropout] * 3, Conv1D, Conv1D, LayerNorm, Conv1D, Conv1D, LayerNorm)
 

@@ -112,23 +112,24 @@ class PackedAttention:
         module, options = (hopper_backward, gluon) if self.backward_is_hopper else (backward, portable)
         self._dq = Bound(module._launch_packed_dq, (B, T, 3 * C), qkv, rows, rows, *options)
         self._dkdv = Bound(module._launch_packed_dkdv, (B, T, 3 * C), qkv, rows, rows, *options)
+        # How many fp32 numbers backward's first kernel hands to the second.
+        self.handed = hopper_backward.stats_size(B, num_heads, T) if self.backward_is_hopper else B * num_heads * T
 
-    def forward(self, qkv, o, lse, kv_start, kv_end, seed):
-        """Writes o [B, T, C] and lse [B, H, T]."""
+    def forward(self, place, qkv, o, lse, kv_start, kv_end, seed):
+        """Writes o [B, T, C], and lse [B, H, T] at the beginning of a tensor."""
         if self.forward_is_hopper:
-            self._forward(qkv, qkv, qkv, o, lse, None)
+            self._forward(place, qkv, qkv, qkv, o, lse, None)
         else:
-            self._forward(qkv, qkv, qkv, o, lse, kv_start, kv_end, None, seed)
+            self._forward(place, qkv, qkv, qkv, o, lse, kv_start, kv_end, None, seed)
 
-    def backward(self, do, qkv, o, lse, kv_start, kv_end, seed):
-        """dqkv [B, T, 3C]."""
+    def backward(self, place, do, qkv, o, lse, between, kv_start, kv_end, seed):
+        """dqkv [B, T, 3C]; between: overwritten, fp32, at least `handed`."""
         dqkv = torch.empty_like(qkv)
         if self.backward_is_hopper:
-            stats = hopper_backward.new_stats(lse.view(-1, self.size[0], self.size[1]))
-            self._dq(qkv, qkv, qkv, do, o, do, dqkv, lse, stats, None)
-            self._dkdv(qkv, qkv, qkv, do, dqkv, dqkv, stats, None)
+            self._dq(place, qkv, qkv, qkv, do, o, do, dqkv, lse, between, None)
+            self._dkdv(place, qkv, qkv, qkv, do, dqkv, dqkv, between, None)
         else:
-            tail = lse, torch.empty_like(lse), kv_start, kv_end, None, seed  # the second is delta
-            self._dq(qkv, qkv, qkv, o, do, dqkv, *tail)
-            self._dkdv(qkv, qkv, qkv, do, dqkv, dqkv, *tail)
+            tail = lse, between, kv_start, kv_end, None, seed
+            self._dq(place, qkv, qkv, qkv, o, do, dqkv, *tail)
+            self._dkdv(place, qkv, qkv, qkv, do, dqkv, dqkv, *tail)
         return dqkv

@@ -378,16 +378,15 @@ _launch_packed_dq = Launcher(_attention_dq_hopper_kernel, _packed(_dq_plan, {1: 
 _launch_packed_dkdv = Launcher(_attention_dkdv_hopper_kernel, _packed(_dkdv_plan, {1: 1, 2: 2, 4: 1, 5: 2}))
 
 
-def new_stats(lse):
-    """What the first kernel hands on to the second, for lse [B, H, T_q]: [B, H, 2, T_pad]."""
-    B, H, T_q = lse.shape
-    return lse.new_empty((B, H, 2, _padded(T_q)))
+def stats_size(B, H, T_q):
+    """How many fp32 numbers the first kernel hands on to the second: [B, H, 2, T_pad]."""
+    return B * H * 2 * _padded(T_q)
 
 
 def _launch_hopper_backward(do, q, k, v, o, lse, dq, dk, dv, options):
     """Writes dq, dk and dv, which have the shapes of q, k and v and strides of their own."""
     if q.numel():
-        stats = new_stats(lse)
+        stats = lse.new_empty(stats_size(*lse.shape))
         strides = [x.stride() for x in (q, k, v, o, do, dq, dk, dv)]
         key = (q.shape, k.shape[2], *strides, q.dtype, options.scale, options.causal, options.q_start is not None)
         _launch_dq((q, k, v, do, o, do, dq, lse, stats, options.q_start), *key)
@@ -402,7 +401,7 @@ def _launch_packed_hopper_backward(do, qkv, o, lse, num_heads, options):
     shape = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if shape[0] and shape[1]:
-        stats = new_stats(lse)
+        stats = lse.new_empty(stats_size(*lse.shape))
         numbers = qkv.dtype, options.scale, options.causal, options.q_start is not None
         key = (shape, qkv.stride(), o.stride(), do.stride(), num_heads, *numbers)
         _launch_packed_dq((qkv, qkv, qkv, do, o, do, dqkv, lse, stats, options.q_start), *key)

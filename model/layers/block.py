@@ -30,16 +30,18 @@ fp32 sums of their products, which modules round to two bytes first; that of ba 
 Each launch is worked out once for a geometry and bound. Who must see a module or an operation gets it: blocks.py.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
 from kernels.attention.choice import PackedAttention
 from kernels.checks import check_dropout, refuse_second_derivative
 from kernels.configs import GELU_TILE
 from kernels.gelu import _launch_backward as _launch_gelu_backward
 from kernels.gelu import _launch_forward as _launch_gelu
-from kernels.launch import Bound
+from kernels.launch import Bound, here
 from kernels.layer_norm import _backward_config, _programs
 from kernels.layer_norm import _launch_backward_in_one as _launch_norm_backward
 from kernels.layer_norm import _launch_forward_in_one as _launch_norm
@@ -64,49 +66,63 @@ class Numbers(NamedTuple):
 class Launches:
     """A block's launches for x [B, T, C], N columns in its middle and products in `dtype`.
 
-    The dtypes of x and of the vectors, and whether there is padding, must always be the same, too.
+    The dtypes of x and of the vectors, and whether there is padding, must always be the same, too. vectors: the dtype
+    that all vectors have, or fp32.
+
+    Two tensors of fp32 hold all that is small. `stats`: attention's log-sum-exp, and from stats2_at and stats3_at on
+    what the norms keep. `scratch`: what attention's backward hands from kernel to kernel, and the partial sums of which
+    one launch makes the gradients of all vectors.
     """
 
-    def __init__(self, B, T, C, N, dtype, numbers, padded):
+    def __init__(self, B, T, C, N, dtype, numbers, padded, vectors):
         _, num_heads, scale, attn_p, resid_p, mlp_p, eps2, eps3 = numbers
         M = B * T
+        self.vectors = vectors
         self.attention = PackedAttention(B, T, C, num_heads, dtype, scale, attn_p, padded)
-        self.norm2 = Bound(_launch_norm, M, C, C, C, eps2, resid_p)
-        self.norm3 = Bound(_launch_norm, M, C, C, C, eps3, mlp_p)
-        self.dnorm2 = _NormBackward(M, C, C, resid_p)
-        self.dnorm3 = _NormBackward(M, C, C, mlp_p)
-        self.dnorm3_alone = _NormBackward(M, C, 0, mlp_p)  # where nobody but the norm used x3
+        stats2_at = _aligned(num_heads * M)
+        stats3_at = stats2_at + _aligned(3 * M)
+        self.stats = stats3_at + 3 * M
+        self.norm2 = Bound(_launch_norm, M, C, C, C, eps2, resid_p, stats2_at)
+        self.norm3 = Bound(_launch_norm, M, C, C, C, eps3, mlp_p, stats3_at)
         self.gelu = Bound(_launch_gelu, M, N, N)
-        self.programs = min(PARTIAL_ROWS, -(-M // GELU_TILE.BLOCK_M))
-        self.dgelu = Bound(_launch_gelu_backward, M, N, N, N, self.programs)
-        self.gelu_sums = Bound(_launch_column_sums, 1, self.programs, N)
+
+        programs = min(PARTIAL_ROWS, -(-M // GELU_TILE.BLOCK_M))
+        groups = [(3, _programs(M, C), C), (1, programs, N), (3, _programs(M, C), C)]  # of partial sums: [K, P, N] each
+        places = list(accumulate((K * P * N for K, P, N in groups), initial=_aligned(self.attention.handed)))
+        self.scratch = places[-1]
+        self.dnorm3 = _NormBackward(M, C, C, mlp_p, stats3_at, places[0])
+        self.dnorm3_alone = _NormBackward(M, C, 0, mlp_p, stats3_at, places[0])  # where nobody but the norm used x3
+        self.dgelu = Bound(_launch_gelu_backward, M, N, N, N, programs, places[1])
+        self.dnorm2 = _NormBackward(M, C, C, resid_p, stats2_at, places[2])
+        # By how many groups backward fills: the launch that adds them up, and how long the vectors are.
+        self.sums = [Bound(_launch_column_sums, places[0], *groups[:reached]) for reached in range(4)]
+        self.lengths = [[N for K, _, N in groups[:reached] for _ in range(K)] for reached in range(4)]
+
+
+def _aligned(size):
+    """The next multiple of 16 bytes, in numbers of fp32."""
+    return -(-size // 4) * 4
 
 
 class _NormBackward:
-    """add_layer_norm's backward for rows [M, C]."""
+    """add_layer_norm's backward for rows [M, C]; stats_at, partial_at: where its numbers begin in stats and scratch."""
 
-    def __init__(self, M, C, stride_dtotal, dropout_p):
-        self.shape = 3, _programs(M, C), C  # of the partial sums
-        self.rows = Bound(_launch_norm_backward, M, C, C, stride_dtotal, C, dropout_p, True)
+    def __init__(self, M, C, stride_dtotal, dropout_p, stats_at, partial_at):
+        places = stats_at, partial_at
+        self.rows = Bound(_launch_norm_backward, M, C, C, stride_dtotal, C, dropout_p, True, *places)
         wide = not _backward_config(C).SUMS
-        self.weights = Bound(_launch_weight_gradients, M, C, C, C) if wide else None
-        self.sums = Bound(_launch_column_sums, *self.shape)
+        self.weights = Bound(_launch_weight_gradients, M, C, C, C, *places) if wide else None
 
-    def __call__(self, dy, dtotal, dresidual, total, weight, stats, seed):
-        """Fills dresidual; returns d [M, C], through dropout's mask and in dy's dtype, dweight, dbias and sum d."""
-        d = (
-            None
-            if seed is None and dy.dtype is total.dtype
-            else torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-        )
-        partial = stats.new_empty(self.shape)
-        self.rows(dy, dtotal, total, weight, stats, stats, seed, dresidual, d, partial)
+    def __call__(self, place, dy, dtotal, total, weight, stats, seed, dresidual, scratch):
+        """Fills dresidual [M, C], and returns d [M, C], which is that through dropout's mask and in dy's dtype."""
+        d = None
+        if seed is not None or dy.dtype is not total.dtype:
+            d = torch.empty_like(dresidual, dtype=dy.dtype)
+        self.rows(place, dy, dtotal, total, weight, stats, stats, seed, dresidual, d, scratch)
         d = dresidual if d is None else d
         if self.weights is not None:
-            self.weights(dy, total, stats, stats, d, partial)
-        sums = weight.new_empty(self.shape[::2])
-        self.sums(partial, sums)
-        return d, *sums.unbind()
+            self.weights(place, dy, total, stats, stats, d, scratch)
+        return d
 
 
 def forward(x, y, weights, numbers, launches, attend, saved):
@@ -115,42 +131,41 @@ def forward(x, y, weights, numbers, launches, attend, saved):
     _, _, _, attn_p, resid_p, mlp_p, _, _ = numbers
     if Wa.dtype is not y.dtype:  # autocast
         Wa, ba, Wp, bp, Wf, Wm, bm = (w.to(y.dtype) for w in (Wa, ba, Wp, bp, Wf, Wm, bm))
+    place = here()
     rows = y.view(-1, y.shape[-1])  # [M, C]
-    M = rows.shape[0]
+    stats = rows.new_empty(launches.stats, dtype=torch.float32)
 
     qkv = torch.addmm(ba, rows, Wa)  # [M, 3C]
     seed = check_dropout("flash_attention", qkv, attn_p, None)
-    o, lse = attend(rows, qkv, numbers, launches, seed)  # o: [M, C]
+    o = attend(place, rows, qkv, stats, numbers, launches, seed)  # [M, C]
     update = torch.addmm(bp, o, Wp)
     if saved is not None:
-        saved += (Wa, Wp, w2, Wf, bf, Wm, w3, *attend.bounds, rows, qkv, o, lse, seed)
-    del rows, qkv, o, lse
+        saved += (Wa, Wp, w2, Wf, bf, Wm, w3, *attend.bounds, rows, stats, qkv, o, seed)
+    del rows, qkv, o
 
     seed = check_dropout("add_layer_norm", update, resid_p, None)
     x2, y2 = torch.empty_like(update, dtype=x.dtype), torch.empty_like(update)
-    stats = update.new_empty(3 * M, dtype=torch.float32)  # the mean, what rounding left in it, and rstd
-    launches.norm2(update, x, w2, b2, seed, x2, y2, stats, stats)
+    launches.norm2(place, update, x, w2, b2, seed, x2, y2, stats, stats)
     h = torch.mm(y2, Wf)  # [M, N]
     g = torch.empty_like(h)
-    launches.gelu(h, bf, g)
+    launches.gelu(place, h, bf, g)
     if saved is not None:
-        saved += (y2, x2, stats, seed, h, g)
+        saved += (y2, x2, seed, h, g)
     del y2, h
     update = torch.addmm(bm, g, Wm)
     del g
 
     seed = check_dropout("add_layer_norm", update, mlp_p, None)
     x3, y3 = torch.empty_like(x), torch.empty_like(y)
-    stats = update.new_empty(3 * M, dtype=torch.float32)
-    launches.norm3(update, x2, w3, b3, seed, x3, y3, stats, stats)
+    launches.norm3(place, update, x2, w3, b3, seed, x3, y3, stats, stats)
     if saved is not None:
-        saved += (x3, stats, seed)
+        saved += (x3, seed)
     return x3, y3
 
 
 def _linear_backward(d, x, weight, dtype, needs_x, needs_weight):
     """(dx, dweight) of x weight + bias, from d [M, N] and x [M, K]; None for what is not needed. dtype: of dweight."""
-    dx = torch.mm(d, weight.t()) if needs_x else None
+    dx = linear(d, weight) if needs_x else None
     if needs_x and dx.dtype is not d.dtype:  # backward under autocast, where autograd casts what it hands on
         dx = dx.to(d.dtype)
     return dx, _weight_gradient(d, x, dtype) if needs_weight else None
@@ -182,33 +197,40 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, dy):
         refuse_second_derivative("GPT2's block")
-        launches = ctx.launches
+        launches, dtypes, place = ctx.launches, ctx.dtypes, here()
         Wa, Wp, w2, Wf, bf, Wm, w3, kv_start, kv_end, *saved = ctx.saved_tensors
-        y, qkv, o, lse, attn_seed, y2, x2, stats2, resid_seed, h, g, x3, stats3, mlp_seed = saved
+        y, stats, qkv, o, attn_seed, y2, x2, resid_seed, h, g, x3, mlp_seed = saved
         needs_x, needs_y, _, _, _, *needs = ctx.needs_input_grad
         needs_qkv = needs_y or True in needs[:2]
         needs_ln_2 = needs_x or needs_qkv or True in needs[2:6]  # ln_2's gradients, or some that are behind it
         needs_gelu = needs_ln_2 or True in needs[6:8]
         grads = [None] * 12  # of the weights
+        scratch = stats.new_empty(launches.scratch)
 
         dy = torch.zeros_like(x3, dtype=y.dtype) if dy is None else even_rows(dy)
         dx = None if dx is None else even_rows(dx)
         launch = launches.dnorm3_alone if dx is None else launches.dnorm3
         dx2 = torch.empty_like(x2)
-        d, *grads[10:], grads[9] = launch(dy.view(y.shape), dx, dx2, x3, w3, stats3, mlp_seed)
-        d, grads[8] = _linear_backward(d, g, Wm, ctx.dtypes[8], needs_gelu, needs[8])  # [M, N]
+        d = launch(place, dy, dx, x3, w3, stats, mlp_seed, dx2, scratch)
+        d, grads[8] = _linear_backward(d, g, Wm, dtypes[8], needs_gelu, needs[8])  # [M, N]
         if needs_gelu:
-            dh, partial = torch.empty_like(h), stats3.new_empty((1, launches.programs, h.shape[1]))
-            grads[7] = torch.empty_like(bf)
-            launches.dgelu(d, h, bf, dh, partial)
-            launches.gelu_sums(partial, grads[7])
-            d, grads[6] = _linear_backward(dh, y2, Wf, ctx.dtypes[6], needs_ln_2, needs[6])  # [M, C]
+            dh = torch.empty_like(h)
+            launches.dgelu(place, d, h, bf, dh, scratch)
+            d, grads[6] = _linear_backward(dh, y2, Wf, dtypes[6], needs_ln_2, needs[6])  # [M, C]
         if needs_ln_2:
-            dx = torch.empty_like(x3)
-            d, *grads[4:6], grads[3] = launches.dnorm2(d, dx2, dx, x2, w2, stats2, resid_seed)
-            d, grads[2] = _linear_backward(d.view(y.shape), o, Wp, ctx.dtypes[2], needs_qkv, needs[2])
+            dx = torch.empty_like(x2)
+            d = launches.dnorm2(place, d, dx2, x2, w2, stats, resid_seed, dx, scratch)
+            d, grads[2] = _linear_backward(d, o, Wp, dtypes[2], needs_qkv, needs[2])
+        groups = 1 + needs_gelu + needs_ln_2
+        sums = stats.new_empty(sum(launches.lengths[groups]), dtype=launches.vectors)
+        launches.sums[groups](place, scratch, sums)
+        for i, part in zip(_SUMMED, sums.split_with_sizes(launches.lengths[groups])):
+            grads[i] = part
         if needs_qkv:
-            dqkv = launches.attention.backward(d, qkv, o, lse, kv_start, kv_end, attn_seed)
+            dqkv = launches.attention.backward(place, d, qkv, o, stats, scratch, kv_start, kv_end, attn_seed)
             grads[1] = dqkv.sum(0, dtype=dqkv.dtype) if needs[1] else None  # autocast sums to fp32
-            d, grads[0] = _linear_backward(dqkv, y, Wa, ctx.dtypes[0], needs_y, needs[0])
-        return dx if needs_x else None, d.view(x3.shape) if needs_y else None, None, None, None, *grads
+            d, grads[0] = _linear_backward(dqkv, y, Wa, dtypes[0], needs_y, needs[0])
+        return dx.view(x3.shape) if needs_x else None, d.view(x3.shape) if needs_y else None, None, None, None, *grads
+
+
+_SUMMED = 10, 11, 9, 7, 4, 5, 3  # which weights the sums are gradients of: w3, b3, bm; bf; w2, b2, bp

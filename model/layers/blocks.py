@@ -26,6 +26,12 @@ _TRITON = get_attention("triton")
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _FOURTEEN = [_TENSORS] * 14
 _known = forgotten({})  # Launches by geometry
+# What of tensors it holds, as functions in C: Python's own x.shape takes twice as long.
+_GEOMETRY = (
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device")),
+    torch.Tensor.is_contiguous,
+    torch.Tensor.is_neg,
+)
 
 
 class _Packed:
@@ -34,11 +40,11 @@ class _Packed:
     def __init__(self, kv_start, kv_end):
         self.bounds = dense(kv_start), dense(kv_end)
 
-    def __call__(self, rows, qkv, numbers, launches, seed):
-        """o [M, C] and lse [H M] from qkv [M, 3C]; rows: any [M, C] of qkv's dtype."""
-        o, lse = torch.empty_like(rows), qkv.new_empty(numbers.num_heads * len(rows), dtype=torch.float32)
-        launches.attention.forward(qkv, o, lse, *self.bounds, seed)
-        return o, lse
+    def __call__(self, place, rows, qkv, lse, numbers, launches, seed):
+        """o [M, C] from qkv [M, 3C], and lse [H M] written; rows: any [M, C] of qkv's dtype."""
+        o = torch.empty_like(rows)
+        launches.attention.forward(place, qkv, o, lse, *self.bounds, seed)
+        return o
 
 
 class _Cached:
@@ -64,8 +70,8 @@ class _Cached:
             and cache.data.dtype == (autocast_dtype(x) or x.dtype)
         )
 
-    def __call__(self, rows, qkv, numbers, launches, seed):
-        """o [M, C], and None, from qkv [M, 3C], whose keys and values are stored."""
+    def __call__(self, place, rows, qkv, lse, numbers, launches, seed):
+        """o [M, C] from qkv [M, 3C], whose keys and values are stored; lse is left as it is."""
         B, T = self.size
         parts = qkv.view(B, T, 3, numbers.num_heads, -1).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D]
         self.slots[numbers.layer].copy_(parts[1:])
@@ -73,7 +79,7 @@ class _Cached:
         options = Options(None, None, None, seed, numbers.scale, True, numbers.attn_p)
         is_decoding = seed is None and T <= MAX_QUERIES and keys.shape[2] > T
         launch = _launch_attention_decode if is_decoding else partial(launch_forward, "auto")
-        return launch(q, keys, values, options)[0].transpose(1, 2).view(rows.shape), None
+        return launch(q, keys, values, options)[0].transpose(1, 2).view(rows.shape)
 
 
 def _fits(tensors, numbers, autocast):
@@ -156,15 +162,7 @@ class Blocks:
         tensors = (x, y, *weights)
         if not self.kernels.issuperset(kernels) or not _TENSORS.issuperset(map(type, tensors)):
             return None
-        geometry = (
-            numbers[1:],
-            self.kind,
-            *[t.shape for t in tensors],
-            *[t.dtype for t in tensors],
-            *[t.device for t in tensors],
-            *[t.is_contiguous() for t in tensors],
-            *[t.is_neg() for t in tensors],
-        )
+        geometry = numbers[1:], self.kind, *(each for of in _GEOMETRY for each in map(of, tensors))
         if geometry == self.last[0]:
             return self.last[1]
         launches = _known.get(geometry)
@@ -173,7 +171,10 @@ class Blocks:
                 return None
             if len(_known) >= MOST:
                 _known.clear()
-            launches = _known[geometry] = Launches(*x.shape, weights[7].shape[0], y.dtype, numbers, self.padded)
+            vectors = {w.dtype for w in weights if w.dim() == 1}
+            dtype = vectors.pop() if len(vectors) == 1 else torch.float32
+            launches = Launches(*x.shape, weights[7].shape[0], y.dtype, numbers, self.padded, dtype)
+            _known[geometry] = launches
         self.last = geometry, launches
         return launches
 

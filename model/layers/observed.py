@@ -8,13 +8,16 @@ def is_plain(module, kind):
     return type(module) is kind and is_unhooked(module) and not torch_module._has_any_global_hook()
 
 
-def is_unhooked(module):
-    """Whether `module` itself has no hooks, and no forward in place of its class's."""
-    held = module.__dict__
-    return not (
-        held["_forward_hooks"]
-        or held["_forward_pre_hooks"]
-        or held["_backward_hooks"]
-        or held["_backward_pre_hooks"]
-        or "forward" in held
-    )
+def is_unhooked(*modules):
+    """Whether the modules themselves have no hooks, and no forward in place of their class's."""
+    for module in modules:
+        held = module.__dict__
+        if (
+            held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+            or "forward" in held
+        ):
+            return False
+    return True

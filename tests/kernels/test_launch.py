@@ -196,7 +196,7 @@ def test_a_bound_launch_is_its_launchers(through_triton):
         through_triton.clear()
         y = torch.full_like(x, torch.nan)
         with simulate(arch) as gpu:
-            bound(x, bias, y)
+            bound(launch.here(), x, bias, y)
             count = len(through_triton)
             assert len(gpu.launches) == 1
             assert torch.equal(y, bias_gelu(x, bias))
