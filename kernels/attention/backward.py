@@ -26,7 +26,7 @@ import triton.language as tl
 
 from kernels.attention.dropout import dropout_key, dropped_weight, keep_mask
 from kernels.attention.plans import COUNTS, contiguous_heads, packed_heads, tile_constants
-from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
+from kernels.attention.tiles import _head, _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
 from kernels.dropout import dropout_numbers
 from kernels.launch import Launcher
@@ -75,6 +75,7 @@ def _attention_dq_kernel(
     drop_below,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -86,17 +87,17 @@ def _attention_dq_kernel(
     kv_start, num_keys, diagonal = _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < T_q
-    q_ptr += b * stride_qb + h * stride_qh
+    q_ptr += _head(b, h, stride_qb, stride_qh, VECTOR)
     q = _load_rows(q_ptr, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    o_ptr += b * stride_ob + h * stride_oh
+    o_ptr += _head(b, h, stride_ob, stride_oh, VECTOR)
     o = _load_rows(o_ptr, offs_m, stride_ot, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    do_ptr += b * stride_dob + h * stride_doh
+    do_ptr += _head(b, h, stride_dob, stride_doh, VECTOR)
     do = _load_rows(do_ptr, offs_m, stride_dot, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale  # [BLOCK_M]
     tl.store(delta_ptr + head * T_q + offs_m, delta, mask=inside)
     lse = tl.load(lse_ptr + head * T_q + offs_m, mask=inside, other=0.0)  # [BLOCK_M]
-    k_ptr += b * stride_kb + h * stride_kh + tl.cast(kv_start, tl.int64) * stride_kt
-    v_ptr += b * stride_vb + h * stride_vh + tl.cast(kv_start, tl.int64) * stride_vt
+    k_ptr += _head(b, h, stride_kb, stride_kh, VECTOR) + tl.cast(kv_start, tl.int64) * stride_kt
+    v_ptr += _head(b, h, stride_vb, stride_vh, VECTOR) + tl.cast(kv_start, tl.int64) * stride_vt
     dropout = 0
     if HAS_DROPOUT:
         dropout = dropout_key(tl.load(seed_ptr), head)
@@ -119,7 +120,7 @@ def _attention_dq_kernel(
             ds = p * (dp - delta[:, None])  # [BLOCK_M, BLOCK_N]
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT_PRECISION)  # scales come at the end
     _store_rows(
-        dq_ptr + b * stride_dqb + h * stride_dqh,
+        dq_ptr + _head(b, h, stride_dqb, stride_dqh, VECTOR),
         dq * (scale * keep_scale),
         offs_m,
         stride_dqt,
@@ -171,6 +172,7 @@ def _attention_dkdv_kernel(
     drop_below,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -184,8 +186,8 @@ def _attention_dkdv_kernel(
     n = tile * BLOCK_N
     offs_n = n + tl.arange(0, BLOCK_N)
     first_key = tl.cast(kv_start, tl.int64)
-    k_ptr += b * stride_kb + h * stride_kh + first_key * stride_kt
-    v_ptr += b * stride_vb + h * stride_vh + first_key * stride_vt
+    k_ptr += _head(b, h, stride_kb, stride_kh, VECTOR) + first_key * stride_kt
+    v_ptr += _head(b, h, stride_vb, stride_vh, VECTOR) + first_key * stride_vt
     k = _load_rows(k_ptr, offs_n, stride_kt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     dropout = 0
@@ -209,8 +211,8 @@ def _attention_dkdv_kernel(
     start = end_q - tl.cdiv(tl.maximum(end_q - seen, 0), BLOCK_M) * BLOCK_M
     full = end_q - tl.maximum(end_q - full, 0) // BLOCK_M * BLOCK_M
 
-    q_ptr += b * stride_qb + h * stride_qh
-    do_ptr += b * stride_dob + h * stride_doh
+    q_ptr += _head(b, h, stride_qb, stride_qh, VECTOR)
+    do_ptr += _head(b, h, stride_dob, stride_doh, VECTOR)
     lse_ptr += head * T_q
     delta_ptr += head * T_q
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -252,16 +254,21 @@ def _attention_dkdv_kernel(
     inside = offs_n < T_k
     dk = tl.where(valid, dk * (scale * keep_scale), 0.0)
     dv = tl.where(valid, dv * keep_scale, 0.0)
-    _store_rows(dk_ptr + b * stride_dkb + h * stride_dkh, dk, position, stride_dkt, inside, HEAD_DIM, BLOCK_D)
-    _store_rows(dv_ptr + b * stride_dvb + h * stride_dvh, dv, position, stride_dvt, inside, HEAD_DIM, BLOCK_D)
+    _store_rows(
+        dk_ptr + _head(b, h, stride_dkb, stride_dkh, VECTOR), dk, position, stride_dkt, inside, HEAD_DIM, BLOCK_D
+    )
+    _store_rows(
+        dv_ptr + _head(b, h, stride_dvb, stride_dvh, VECTOR), dv, position, stride_dvt, inside, HEAD_DIM, BLOCK_D
+    )
 
 
 def _plan(direction, strides, T, bytes_per_head, shape, T_k, dtype, dropout, scale, causal, dropout_p, offsets=None):
     """strides: those of the six tensors [B, H, T, D] that come first; T: the length that is cut into tiles."""
     B, H, T_q, D = shape
     config = attention_config(direction, dtype, D, T_q, dropout)
+    strides = [stride for each in strides for stride in each[:3]]
     numbers = (
-        *(stride for each in strides for stride in each[:3]),
+        *strides,
         H,
         T_q,
         T_k,
@@ -271,7 +278,7 @@ def _plan(direction, strides, T, bytes_per_head, shape, T_k, dtype, dropout, sca
         *dropout_numbers(dropout_p),
     )
     grid = (B * H * triton.cdiv(T, config.BLOCK_M if direction == "dq" else config.BLOCK_N),)
-    return grid, numbers, tile_constants(config, dtype, D, causal, dropout), offsets or {}
+    return grid, numbers, tile_constants(config, dtype, strides, D, causal, dropout), offsets or {}
 
 
 def _dq_plan(shape, T_k, q, k, v, o, do, dq, dk, dv, *rest):

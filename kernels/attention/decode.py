@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.plans import constants, contiguous_heads
-from kernels.attention.tiles import _load_rows, _row_bounds, _store_rows, _visible
+from kernels.attention.tiles import _head, _load_rows, _row_bounds, _store_rows, _visible
 from kernels.launch import Launcher
 from kernels.library import LOG2E, dot_precision
 
@@ -54,6 +54,7 @@ def _attention_decode_kernel(
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -70,11 +71,11 @@ def _attention_decode_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = split * SPLIT + tl.arange(0, SPLIT)
     first_key = tl.cast(kv_start, tl.int64)
-    k_ptr += b * stride_kb + h * stride_kh + first_key * stride_kt
-    v_ptr += b * stride_vb + h * stride_vh + first_key * stride_vt
+    k_ptr += _head(b, h, stride_kb, stride_kh, VECTOR) + first_key * stride_kt
+    v_ptr += _head(b, h, stride_vb, stride_vh, VECTOR) + first_key * stride_vt
     k = _load_rows(k_ptr, offs_n, stride_kt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [SPLIT, BLOCK_D]
     v = _load_rows(v_ptr, offs_n, stride_vt, 0, num_keys, HEAD_DIM, BLOCK_D, True)  # [SPLIT, BLOCK_D]
-    q_ptr += b * stride_qb + h * stride_qh
+    q_ptr += _head(b, h, stride_qb, stride_qh, VECTOR)
     q = _load_rows(q_ptr, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
 
     if BLOCK_M == 1:
@@ -115,6 +116,7 @@ def _attention_merge_kernel(
     num_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
@@ -144,7 +146,7 @@ def _attention_merge_kernel(
         m_i = m_new
     l_i = tl.where(l_i == 0, 1.0, l_i)
     o = acc / l_i  # [BLOCK_D]
-    o_ptr += b * stride_ob + h * stride_oh + i.to(tl.int64) * stride_ot
+    o_ptr += _head(b, h, stride_ob, stride_oh, VECTOR) + i.to(tl.int64) * stride_ot
     tl.store(o_ptr + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(lse_ptr + head * T_q + i, m_i + tl.log2(l_i))
 
@@ -153,9 +155,10 @@ def _decode_plan(shape, T_k, q_strides, k_strides, v_strides, dtype, scale, caus
     B, H, T_q, D = shape
     SPLIT = split_size(D, dtype.itemsize)
     num_splits = triton.cdiv(T_k, SPLIT)
-    numbers = (*q_strides[:3], *k_strides[:3], *v_strides[:3], H, T_q, T_k, num_splits, scale * LOG2E)
+    strides = *q_strides[:3], *k_strides[:3], *v_strides[:3]
+    numbers = (*strides, H, T_q, T_k, num_splits, scale * LOG2E)
     options = constants(
-        dtype,
+        strides,
         D,
         BLOCK_M=1 if T_q == 1 else MAX_QUERIES,
         SPLIT=SPLIT,
@@ -169,8 +172,9 @@ def _decode_plan(shape, T_k, q_strides, k_strides, v_strides, dtype, scale, caus
 def _merge_plan(shape, T_k, dtype):
     B, H, T_q, D = shape
     SPLIT = split_size(D, dtype.itemsize)
-    numbers = (*contiguous_heads(T_q, H, D), H, T_q, T_k, triton.cdiv(T_k, SPLIT))
-    return (T_q * B * H,), numbers, constants(dtype, D, BLOCK_S=MERGED_AT_ONCE, SPLIT=SPLIT, num_warps=1), {}
+    strides = contiguous_heads(T_q, H, D)
+    numbers = (*strides, H, T_q, T_k, triton.cdiv(T_k, SPLIT))
+    return (T_q * B * H,), numbers, constants(strides, D, BLOCK_S=MERGED_AT_ONCE, SPLIT=SPLIT, num_warps=1), {}
 
 
 _launch_decode = Launcher(_attention_decode_kernel, _decode_plan)

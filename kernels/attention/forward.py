@@ -22,7 +22,7 @@ import triton.language as tl
 
 from kernels.attention.dropout import dropout_key, dropped_weight, keep_mask
 from kernels.attention.plans import COUNTS, contiguous_heads, packed_heads, tile_constants
-from kernels.attention.tiles import _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
+from kernels.attention.tiles import _head, _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
 from kernels.configs import attention_config, heads_in_l2
 from kernels.dropout import dropout_numbers
 from kernels.launch import Launcher
@@ -63,6 +63,7 @@ def _attention_forward_kernel(
     drop_below,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -73,10 +74,10 @@ def _attention_forward_kernel(
     head = b * H + h
     kv_start, num_keys, diagonal = _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_ptr += b * stride_qb + h * stride_qh
+    q_ptr += _head(b, h, stride_qb, stride_qh, VECTOR)
     q = _load_rows(q_ptr, offs_m, stride_qt, 0, T_q, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    k_ptr += b * stride_kb + h * stride_kh + tl.cast(kv_start, tl.int64) * stride_kt
-    v_ptr += b * stride_vb + h * stride_vh + tl.cast(kv_start, tl.int64) * stride_vt
+    k_ptr += _head(b, h, stride_kb, stride_kh, VECTOR) + tl.cast(kv_start, tl.int64) * stride_kt
+    v_ptr += _head(b, h, stride_vb, stride_vh, VECTOR) + tl.cast(kv_start, tl.int64) * stride_vt
     dropout = 0
     dropped = 0.0
     if HAS_DROPOUT:
@@ -117,7 +118,7 @@ def _attention_forward_kernel(
     if HAS_DROPOUT:
         o = o * keep_scale
     inside = offs_m < T_q
-    _store_rows(o_ptr + b * stride_ob + h * stride_oh, o, offs_m, stride_ot, inside, HEAD_DIM, BLOCK_D)
+    _store_rows(o_ptr + _head(b, h, stride_ob, stride_oh, VECTOR), o, offs_m, stride_ot, inside, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + head * T_q + offs_m, m_i + tl.log2(l_i), mask=inside)
 
 
@@ -125,11 +126,9 @@ def _plan(shape, T_k, q_strides, k_strides, v_strides, dtype, dropout, scale, ca
     """shape: q's [B, H, T_q, D]; o is [B, T_q, H, D] in memory."""
     B, H, T_q, D = shape
     config = attention_config("forward", dtype, D, T_q, dropout)
+    strides = *q_strides[:3], *k_strides[:3], *v_strides[:3], *contiguous_heads(T_q, H, D)
     numbers = (
-        *q_strides[:3],
-        *k_strides[:3],
-        *v_strides[:3],
-        *contiguous_heads(T_q, H, D),
+        *strides,
         H,
         T_q,
         T_k,
@@ -138,7 +137,7 @@ def _plan(shape, T_k, q_strides, k_strides, v_strides, dtype, dropout, scale, ca
         *dropout_numbers(dropout_p),
     )
     grid = (B * H * triton.cdiv(T_q, config.BLOCK_M),)
-    return grid, numbers, tile_constants(config, dtype, D, causal, dropout), offsets or {}
+    return grid, numbers, tile_constants(config, dtype, strides, D, causal, dropout), offsets or {}
 
 
 def _packed_plan(shape, strides, num_heads, *rest):

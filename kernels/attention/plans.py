@@ -3,6 +3,8 @@
 A plan is what kernels/launch.py asks for; it gets strides of [B, H, T, D] as tuples. Packed tensors are [B, T, n C].
 """
 
+import math
+
 import triton
 
 from kernels.library import dot_precision
@@ -11,16 +13,17 @@ from kernels.library import dot_precision
 COUNTS = ("H", "heads_per_group")
 
 
-def constants(dtype, head_dim, **rest):
-    """The constexprs and compiler's options that every attention kernel takes, and the rest."""
+def constants(strides, head_dim, **rest):
+    """The constexprs and compiler's options that every attention kernel takes, and the rest. strides: its tensors'."""
     BLOCK_D = max(16, triton.next_power_of_2(head_dim))
-    return {"HEAD_DIM": head_dim, "BLOCK_D": BLOCK_D, "enable_fp_fusion": True, **rest}
+    VECTOR = math.gcd(8, *strides)
+    return {"HEAD_DIM": head_dim, "BLOCK_D": BLOCK_D, "VECTOR": VECTOR, "enable_fp_fusion": True, **rest}
 
 
-def tile_constants(config, dtype, head_dim, causal, dropout):
+def tile_constants(config, dtype, strides, head_dim, causal, dropout):
     """constants of the kernels that walk over tiles."""
     return constants(
-        dtype,
+        strides,
         head_dim,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,

@@ -28,6 +28,16 @@ def _locate(num_tiles, H, heads_per_group, LONGEST_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _head(b, h, stride_b, stride_h, VECTOR: tl.constexpr):
+    """Where head h of batch row b begins, in elements. VECTOR divides both strides.
+
+    Of an argument Triton finds out by itself only whether 16 divides it. A stride of 40, between heads of that size,
+    would have rows loaded element by element.
+    """
+    return tl.multiple_of(b * stride_b + h * stride_h, VECTOR)
+
+
+@triton.jit
 def _row_bounds(b, kv_start_ptr, kv_end_ptr, q_start_ptr, T_q, T_k):
     """Of batch row b: kv_start, the number of valid keys, and the diagonal: query i sees key n if n <= diagonal + i."""
     kv_start = 0

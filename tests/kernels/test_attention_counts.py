@@ -81,6 +81,20 @@ def test_the_unmasked_loop_is_short_and_holds_no_mask(launches, direction, limit
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("head_dim", [24, 40, 80])
+def test_rows_of_any_head_dim_that_is_a_multiple_of_8_are_copied_16_bytes_at_a_time(head_dim):
+    with compile_only(GPUTarget("cuda", 90, 32), SHARED_MEMORY["sm_90"]) as binaries, torch.enable_grad():
+        qkv = torch.empty(1, T, 3 * 3 * head_dim, dtype=torch.bfloat16, requires_grad=True)
+        o = flash_attention_packed(qkv, 3, kernel="portable")
+        o.backward(torch.empty_like(o))
+    assert len(binaries) == 3
+    for binary in binaries:
+        names = inspect(binary.binary, binary.name).loop_names
+        assert "LDGSTS" in names, binary.name
+        assert "LDG" not in names, binary.name  # an element at a time, and waited for
+
+
+@pytest.mark.compile
 def test_dropout_is_drawn_where_it_is_used():
     """Each thread draws for its own scores: the loop reaches shared memory and barriers as often as without dropout."""
     loops, scores = [], {}
