@@ -8,8 +8,9 @@
 training    forward and backward of the loss, no optimiser: time per batch.
 decoding    one token after T - 1 in the cache: its latency. On a GPU ours replay a CUDA graph, as generate() does;
             what generate() adds around the model is not in it. triton takes the way that generate() takes,
-            triton-plain, triton-fused and triton-int8 the one of their name. With it: the bytes that a step must read
-            a second, their share of what a copy moves here, and how many kernels and copies a step launches.
+            triton-plain, triton-fused, triton-persistent and triton-int8 the one of their name. With it: the bytes that
+            a step must read a second, their share of what a copy moves here, and how many kernels and copies a step
+            launches.
 inference   a forward pass over T tokens, logits of the last position: the diagram, over batch sizes.
 
 The shapes are the page's. A CPU leaves out the largest batches of training, which appear as not measured unless --batch

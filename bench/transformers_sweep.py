@@ -6,8 +6,8 @@
 import      `from model import GPT2` against `from transformers import GPT2LMHeadModel`, each in a new process.
 prefill     a forward pass of 512 tokens that fills a new cache, logits of the last position.
 decoding    one token for each row after T - 1 in the cache. With triton one row also goes each way of it: the
-            kernels of the forward pass, those of kernels/decode, the same with int8 weights. Beside the time: the bytes
-            that a step must read a second, their share of what a copy moves, the kernels and copies of a step.
+            kernels of the forward pass, those of kernels/decode, all in one launch, with int8 weights. Beside the time:
+            the bytes that a step must read a second, their share of a copy, the kernels and copies of a step.
 generate    each library's own generate(), greedy: a prompt of T tokens and 32 new ones.
 
 Weights are random, from one seed. Before anything is timed, logits are held against float64 by the tolerance rule of

@@ -27,6 +27,7 @@ PYTORCHS = ("eager", "sdpa", "flex")  # backends of PyTorch's own operations
 PATHS = {
     "triton-plain": {"decode_kernel": "plain"},
     "triton-fused": {"decode_kernel": "fused"},
+    "triton-persistent": {"decode_kernel": "persistent"},
     "triton-int8": {"decode_kernel": "fused", "weights": "int8"},
 }
 GATE_STEPS = 4  # of a decode step's gate, behind a prompt

@@ -28,8 +28,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.decode.tiles import _activations, _layer_norm, _product, _scales, _vector, _weight_rows
-from kernels.gelu import _gelu
+from kernels.decode.phases import (
+    _add_product,
+    _attend,
+    _embedding,
+    _held,
+    _merged,
+    _store_product,
+    _store_qkv,
+    _store_row,
+    _with_new,
+)
+from kernels.decode.tiles import _activations, _layer_norm, _scales, _vector, _weight_rows
 from kernels.launch import Launcher
 from kernels.library import LOG2E, active_arch
 
@@ -101,25 +111,14 @@ def _decode_qkv_kernel(
     b = row // T
     length = tl.load(lengths_ptr + b) + row % T  # tokens before this one
     if IS_FIRST:
-        token = _activations(wte_ptr + tl.load(ids_ptr + row) * C, C, BK, R)
-        place = _activations(wpe_ptr + length.to(tl.int64) * C, C, BK, R)
-        x = ()
-        for c in tl.static_range(CHUNKS):
-            x += (token[c].to(tl.float32) + place[c].to(tl.float32),)
-            k = c * BK + tl.arange(0, BK)[None, :]
-            mine = (tl.arange(0, R)[:, None] == 0) & (k < C) & (tl.program_id(0) == 0)
-            tl.store(x_ptr + row * C + tl.arange(0, R)[:, None] * 0 + k, x[c], mask=mine)
+        x = _embedding(wte_ptr, wpe_ptr, tl.load(ids_ptr + row), length, C, BK, R)
+        _store_row(x_ptr + row * C, x, tl.program_id(0) == 0, C, BK, R)
     else:
         x = _activations(x_ptr + row * C, C, BK, R)
     y = _layer_norm(x, norm_weight, norm_bias, eps, C, BK)
-    for g in tl.static_range(GROUPS):
-        n = first + g * R + tl.arange(0, R)
-        value = _product(w, y, scale, g, CHUNKS) + bias[g]  # [R]
-        tl.store(q_ptr + row * C + n, value, mask=n < C)
-        m = n % C
-        head = (n // C - 1).to(tl.int64) * (tl.num_programs(1) // T) * H + b * H + m // D
-        slot = (head * capacity + length) * D + m % D
-        tl.store(cache_ptr + slot, value.to(cache_ptr.dtype.element_ty), mask=(n >= C) & (n < 3 * C))
+    B = tl.num_programs(1) // T
+    place = (q_ptr + row * C, cache_ptr, b, length, B, H, capacity)
+    _store_qkv(y, w, scale, bias, first, 3 * C, place, C, D, CHUNKS, R, GROUPS)
 
 
 @triton.jit
@@ -153,92 +152,22 @@ def _decode_attention_kernel(
             _wait(PDL)
             return
     length = tl.load(lengths_ptr + b) + (row % T).to(tl.int32)  # tokens before this one
-    slots = split * SPLIT + tl.arange(0, SPLIT)
-    d = tl.arange(0, BLOCK_D)
     keys = cache_ptr + (b * H + head % H) * capacity * D
     values = keys + tl.cast(B, tl.int64) * H * capacity * D
     if T == 1:
-        held = (slots < length)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
-        v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)  # [SPLIT, BLOCK_D]
+        k = _held(keys, split, length, D, BLOCK_D, SPLIT)
+        v = _held(values, split, length, D, BLOCK_D, SPLIT)
     _wait(PDL)
     if split * SPLIT <= length:
         if T == 1:
-            here = (length // SPLIT == split) & (d < D)
-            new_k = tl.load(keys + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
-            new_v = tl.load(values + length * D + d, mask=here, other=0.0)  # [BLOCK_D]
-            is_new = (slots == length)[:, None]
-            k = tl.where(is_new, new_k[None, :], k)
-            v = tl.where(is_new, new_v[None, :], v)
+            k = _with_new(k, keys, split, length, D, BLOCK_D, SPLIT)
+            v = _with_new(v, values, split, length, D, BLOCK_D, SPLIT)
         else:
-            held = (slots <= length)[:, None] & (d < D)[None, :]
-            k = tl.load(keys + slots[:, None] * D + d[None, :], mask=held, other=0.0)
-            v = tl.load(values + slots[:, None] * D + d[None, :], mask=held, other=0.0)
-        q = tl.load(q_ptr + head * D + d, mask=d < D, other=0.0) * scale_log2
-        s = tl.where(slots <= length, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))  # [SPLIT]
-        m = tl.max(s, 0)
-        p = tl.exp2(s - m)
-        l = tl.sum(p, 0)
-        o = tl.sum(p[:, None] * v.to(tl.float32), 0) / l  # [BLOCK_D]
-        tl.store(part_ptr + (head * num_splits + split) * BLOCK_D + d, o)
-        tl.store(lse_ptr + head * num_splits + split, m + tl.log2(l))
-
-
-@triton.jit
-def _merged(
-    part_ptr,  # [B, H, splits, BLOCK_D] fp32
-    lse_ptr,  # [B, H, splits] fp32, log2 units
-    head,
-    filled,
-    num_splits,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BK: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """A row's attention output [C] as ceil(C / BK) tiles [1, BK]: its `filled` splits' outputs, weighted by their sums.
-
-    The warps share the work, and exchange what they have before the product.
-
-    The first split holds a key, so that the maximum is finite from it on, and a split that is not there weighs 0.
-    """
-    CHUNKS: tl.constexpr = (C + BK - 1) // BK
-    state = ()  # of each chunk: the maximum, the sum and the weighted output so far
-    for _ in tl.static_range(CHUNKS):
-        state += (tl.full([BK], float("-inf"), tl.float32), tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32))
-    for start in tl.range(0, filled, AT_ONCE):
-        lse = ()
-        o = ()
-        for c in tl.static_range(CHUNKS):  # all are asked for before the first is used
-            n = c * BK + tl.arange(0, BK)
-            first = (head + n // D) * num_splits
-            for i in tl.static_range(AT_ONCE):
-                there = (n < C) & (start + i < filled)
-                place = first + start + i
-                lse += (tl.load(lse_ptr + place, mask=there, other=float("-inf")),)
-                o += (tl.load(part_ptr + place * BLOCK_D + n % D, mask=there, other=0.0),)
-        after = ()
-        for c in tl.static_range(CHUNKS):
-            inside = c * BK + tl.arange(0, BK) < C
-            m = state[3 * c]
-            l = state[3 * c + 1]
-            acc = state[3 * c + 2]
-            for i in tl.static_range(AT_ONCE):
-                top = tl.maximum(m, lse[c * AT_ONCE + i])
-                shift = tl.where(inside, top, 0.0)  # beyond C nothing is finite
-                alpha = tl.exp2(m - shift)
-                weight = tl.exp2(lse[c * AT_ONCE + i] - shift)
-                l = l * alpha + weight
-                acc = acc * alpha + weight * o[c * AT_ONCE + i]
-                m = top
-            after += (m, l, acc)
-        state = after
-    x = ()
-    for c in tl.static_range(CHUNKS):
-        inside = c * BK + tl.arange(0, BK) < C
-        x += (tl.where(inside, state[3 * c + 2] / state[3 * c + 1], 0.0)[None, :],)
-    return x
+            k = _held(keys, split, length + 1, D, BLOCK_D, SPLIT)
+            v = _held(values, split, length + 1, D, BLOCK_D, SPLIT)
+        to = head * num_splits + split
+        q, part, lse = q_ptr + head * D, part_ptr + to * BLOCK_D, lse_ptr + to
+        _attend(k, v, q, part, lse, split, length, scale_log2, D, BLOCK_D, SPLIT)
 
 
 @triton.jit
@@ -279,15 +208,6 @@ def _decode_out_kernel(
     _wait(PDL)
     o = _merged(part_ptr, lse_ptr, row * H, filled, num_splits, C, D, BLOCK_D, BK, AT_ONCE)
     _add_product(w, o, scale, bias, x_ptr + row * C, first, C, (C + BK - 1) // BK, R, GROUPS)
-
-
-@triton.jit
-def _add_product(w, h, scale, bias, x_ptr, first, C, CHUNKS: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr):
-    """x [C] += w h + bias, for this program's rows of w."""
-    for g in tl.static_range(GROUPS):
-        n = first + g * R + tl.arange(0, R)
-        before = tl.load(x_ptr + n, mask=n < C, other=0.0)
-        tl.store(x_ptr + n, before + (_product(w, h, scale, g, CHUNKS) + bias[g]), mask=n < C)
 
 
 @triton.jit
@@ -360,14 +280,7 @@ def _decode_fc_kernel(
         bias = _vector(bias_ptr, first, N, R, GROUPS)
     _wait(PDL)
     y = _layer_norm(_activations(x_ptr + row * C, C, BK, R), norm_weight, norm_bias, eps, C, BK)
-    for g in tl.static_range(GROUPS):
-        n = first + g * R + tl.arange(0, R)
-        value = _product(w, y, scale, g, (C + BK - 1) // BK)  # [R]
-        if bias_ptr is not None:
-            value += bias[g]
-        if GELU:
-            value = _gelu(value)
-        tl.store(y_ptr + row.to(tl.int64) * N + n, value.to(y_ptr.dtype.element_ty), mask=n < N)
+    _store_product(w, y, scale, bias, y_ptr + row.to(tl.int64) * N, first, N, (C + BK - 1) // BK, R, GROUPS, GELU)
 
 
 @dataclass
@@ -411,7 +324,10 @@ def _rows_plan(B, T, N, K, numbers, /, **rest):
 
 
 def _qkv_plan(B, T, C, H, capacity, eps, is_first):
-    return _rows_plan(B, T, 3 * C, C, (H, capacity, eps), C=C, D=C // H, IS_FIRST=is_first)
+    grid, numbers, options, offsets = _rows_plan(B, T, 3 * C, C, (H, capacity, eps), C=C, D=C // H, IS_FIRST=is_first)
+    if is_first:
+        options.pop("launch_pdl", None)  # attention reads the lengths ahead, which the step before has written
+    return grid, numbers, options, offsets
 
 
 def split_keys(head_dim, dtype):

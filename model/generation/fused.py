@@ -4,7 +4,16 @@ import torch
 
 from kernels.attention import MAX_HEAD_DIM
 from kernels.checks import FLOATS
-from kernels.decode import MAX_ROWS, DecodeBuffers, Packed, decode_step, pack
+from kernels.decode import (
+    MAX_ROWS,
+    DecodeBuffers,
+    GridBuffers,
+    Weights,
+    choose,
+    decode_step,
+    fingerprints,
+    persistent_step,
+)
 from model.attention import get_attention
 from model.layers.linear import Head
 from model.layers.norm import LayerNorm
@@ -66,47 +75,86 @@ def matrices(block):
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
-class FusedStep:
-    """What kernels/decode takes of a model: its weights, the matrices packed, and buffers for T tokens of B texts.
+class PackedModel:
+    """A model's weights as kernels/decode reads them, packed once for all steps that are captured of it.
 
     weights: "model" or "int8"; the head is packed in int8 alone, for the model's own has the form that is read.
     """
 
-    def __init__(self, model, B, capacity, T=1, weights="model"):
+    def __init__(self, model, weights="model"):
         self.model, config = model, model.config
-        transformer = model.transformer
-        self.sources = [matrix for block in transformer.h for matrix in matrices(block)]
-        self.packed = [pack(matrix.out_in(), weights) for matrix in self.sources]
-        self.head = Packed(model.lm_head.weight)
-        if weights == "int8":
-            self.head = pack(model.lm_head.weight, weights)
-            self.sources.append(model.lm_head)
-            self.packed.append(self.head)
-        self.layers = []
-        for i, block in enumerate(transformer.h):
-            pairs = [(self.packed[4 * i + j], linear.bias) for j, linear in enumerate(matrices(block))]
-            ln_1, ln_2 = ((norm.weight, norm.bias) for norm in (block.ln_1, block.ln_2))
-            self.layers.append((ln_1, *pairs[:2], ln_2, *pairs[2:]))
-        self.scales = [block.attn.scale for block in transformer.h]
+        self.sources, self.addresses = tensors(model), addresses(tensors(model))
+        self.weights = Weights(config.n_layer, config.n_embd, config.inner_dim, model.lm_head.weight.detach(), weights)
+        self.fingerprint = None
+        self.refresh()
+
+    def is_of(self, model):
+        """Whether the model's tensors lie where those did that were packed, whatever has become of their values."""
+        return self.addresses == addresses(tensors(model))
+
+    @torch.no_grad()
+    def refresh(self):
+        """Packs what has changed in place, at the same addresses.
+
+        In the model's dtype that is a copy, which costs no more than to ask whether it is needed. Integers are made
+        anew where a fingerprint of all bits is another one: torch's counters would miss what goes through .data.
+        """
+        if self.weights.head.scale is not None and all(tensor.is_contiguous() for tensor in self.sources):
+            fingerprint = fingerprints(self.sources)
+            if fingerprint == self.fingerprint:
+                return
+            self.fingerprint = fingerprint
+        transformer = self.model.transformer
+        layers = []
+        for block in transformer.h:
+            pairs = [(linear.out_in(), linear.bias) for linear in matrices(block)]
+            layers.append((_pair(block.ln_1), *pairs[:2], _pair(block.ln_2), *pairs[2:]))
+        self.weights.write(layers, _pair(transformer.ln_f), self.model.lm_head.weight)
+
+
+def addresses(tensors):
+    """Address, dtype, shape and strides of each, which a captured graph relies on."""
+    return tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in tensors)
+
+
+def tensors(model):
+    """All parameters that are packed."""
+    transformer = model.transformer
+    return [*transformer.h.parameters(), *transformer.ln_f.parameters(), model.lm_head.weight]
+
+
+def _pair(norm):
+    return norm.weight, norm.bias
+
+
+class FusedStep:
+    """A step by kernels/decode: buffers for T tokens of B texts, beside a PackedModel.
+
+    persistent: one launch for one new token of each text. weights: of a PackedModel of its own, where none is given.
+    """
+
+    def __init__(self, model, B, capacity, T=1, weights="model", packed=None, persistent=False):
+        self.model, config = model, model.config
+        self.packed = packed or PackedModel(model, weights)
+        self.layers = self.packed.weights.layers
+        self.scales = [block.attn.scale for block in model.transformer.h]
         sizes = B * T, config.n_embd, config.n_head, config.inner_dim, capacity
         self.buffers = DecodeBuffers.make(*sizes, model.dtype, model.device)
-
-    def refresh(self):
-        """Packs the matrices anew, at the same addresses: the model's may have changed in place."""
-        for matrix, packed in zip(self.sources, self.packed):
-            packed.write(matrix.out_in())
+        self.grid = None
+        if persistent:
+            self.grid = GridBuffers.make(B, config.vocab_size, capacity, self.buffers, self.scales, config.head_dim)
 
     def run(self, ids, lengths, cache, logits, counts=None):
         """Writes logits [B T, V] fp32 after ids [B, T], of which counts [B] int32 are some; lengths [B] int32 stay."""
-        transformer, config = self.model.transformer, self.model.config
+        weights, config = self.packed.weights, self.model.config
         decode_step(
             ids,
             lengths,
             cache,
             self.layers,
-            (transformer.wte.weight, transformer.wpe.weight),
-            (transformer.ln_f.weight, transformer.ln_f.bias),
-            self.head,
+            self._embeddings(),
+            weights.final_norm,
+            weights.head,
             logits,
             self.buffers,
             config.n_head,
@@ -114,3 +162,18 @@ class FusedStep:
             config.layer_norm_epsilon,
             counts,
         )
+
+    def say(self, ids, lengths, cache, logits, said):
+        """One new token of each text: logits [B, V], and the next ids into ids [B, 1] and said [B, capacity]; lengths
+        advance. See kernels/decode/choose.py."""
+        if self.grid is None:
+            self.run(ids, lengths, cache, logits)
+            choose(logits, ids, lengths, said)
+            return
+        weights, eps = self.packed.weights, self.model.config.layer_norm_epsilon
+        outputs = logits, self.buffers, self.grid
+        persistent_step(ids, lengths, said, cache, weights, self._embeddings(), *outputs, eps)
+
+    def _embeddings(self):
+        transformer = self.model.transformer
+        return transformer.wte.weight, transformer.wpe.weight

@@ -108,13 +108,14 @@ class GenerationMixin(torch.nn.Module):
         each 256 tokens of length, and replay it. The graphs and their cache memory stay with the model until
         release_graphs() or train(). Where it cannot be done the ordinary step runs, and the logger
         "model.generation.graph" says why. False: never.
-        decode_kernel: "auto", "fused" or "plain": whether a captured step goes by kernels of its own (kernels/decode; a
-        second copy of the layers' matrices stays with the graph) or by those of the forward pass, which gives the
-        ordinary step's bits. "auto": fused where they can, for at most 4 rows; "fused": for at most 16, and ValueError
-        elsewhere. Prompt lookup with at most 16 drafts is captured by them alone.
+        decode_kernel: "auto", "fused", "persistent" or "plain": whether a captured step goes by kernels of its own
+        (kernels/decode; a second copy of the layers' matrices stays with the graphs) or by those of the forward pass,
+        which gives the ordinary step's bits. "auto": fused where they can, for at most 4 rows; "fused": for at most 16,
+        and ValueError elsewhere; "persistent": likewise, in one launch a token, and without drafts. Prompt lookup with
+        at most 16 drafts is captured by the fused ones alone.
         weights: "model", or "int8": the decode kernels read the layers' matrices and the head as int8 with a scale for
-        each output, half the bytes of fp16, packed anew at each call; the prompt goes through the model's own weights.
-        At most 16 rows; ValueError where those kernels cannot.
+        each output, half the bytes of fp16, packed anew where they have changed; the prompt goes through the model's
+        own weights. At most 16 rows; ValueError where those kernels cannot.
         Also typical_p, suppress_tokens, sequence_bias, prefix_allowed_tokens_fn(row, ids), renormalize_logits;
         max_time, in seconds; output_scores, output_logits, output_attentions, output_hidden_states, of each forward
         pass, in a GenerateOutput. inputs: another name of input_ids.

@@ -18,10 +18,11 @@ import torch
 
 from model.attention import attention, get_attention
 from model.cache import KVCache, PerRow, grown_capacity, next_places, store
-from model.generation.fused import MAX_TEXTS, MOST_UNASKED, FusedStep
+from model.generation.fused import MAX_TEXTS, MOST_UNASKED, FusedStep, PackedModel, addresses
 from model.generation.fused import refusal as fused_refusal
 
 DEVICES = ("cuda",)
+INSISTENT = ("fused", "persistent")  # decode_kernel: these or a ValueError
 MAX_GRAPHS = 8  # kept by a model: two batch sizes at GPT-2's four capacities
 WARM_UPS = 2  # steps before the capture, in which kernels are compiled and libraries make their handles
 
@@ -47,6 +48,10 @@ def refusal(model, settings, prompts=None):
             drafts > 0 and settings.decode_kernel == "plain",
             "prompt lookup feeds several tokens at once, which the decode kernels alone capture",
         ),
+        (
+            drafts > 0 and settings.decode_kernel == "persistent",
+            "prompt lookup feeds several tokens of a text at once, and one launch takes one of each",
+        ),
         (settings.output_attentions, "output_attentions is read on the host"),
         (settings.output_hidden_states, "output_hidden_states is read on the host"),
         (positions is not None, "position_ids count on from the caller's own"),
@@ -70,7 +75,7 @@ def refusal(model, settings, prompts=None):
 
 def refuse(decode_kernel, weights, reason):
     """ValueError with the reason, where settings insist on what cannot be."""
-    asked = [f"decode_kernel={decode_kernel!r}"] if decode_kernel == "fused" else []
+    asked = [f"decode_kernel={decode_kernel!r}"] if decode_kernel in INSISTENT else []
     asked += [f"weights={weights!r}"] if weights != "model" else []
     if asked:
         raise ValueError(f"generate: {' and '.join(asked)} cannot serve this call: {reason}")
@@ -105,39 +110,52 @@ class Kind(NamedTuple):
     fused: bool = False
     weights: str = "model"
     T: int = 1
+    persistent: bool = False  # in one launch
 
 
 class DecodeStep:
     """The step that is captured: one token for each of B rows. Implements KVCache's interface, so the
     forward pass is captured unchanged. With `kind.fused` the kernels of kernels/decode take the forward pass's place.
 
-    ids [B, T], lengths [B] int32 and data, as KVCache has it, go in; logits [B T, V] fp32 come out. T is 1 and lengths
-    advances, or the step verifies drafts: counts [B] int32 of the T tokens are some, and lengths stays.
+    ids [B, T], lengths [B] int32 and data, as KVCache has it, go in; logits [B T, V] fp32 come out. Where T is 1 the
+    step goes on by itself: the arg max of each row comes into ids, and into said [B, capacity] at the row's length, -1
+    where there is none (kernels/decode/choose.py), and lengths advances. Else it verifies drafts: counts [B] int32 of
+    the T tokens are some; ids and lengths stay.
     """
 
     is_uniform = False  # as far as the host knows
 
-    def __init__(self, model, B, capacity, kind=None):
+    def __init__(self, model, B, capacity, kind=None, packed=None):
         config, device = model.config, model.device
         kind = kind or Kind()
         self.batch_size = B
-        self.fused = FusedStep(model, B, capacity, kind.T, kind.weights) if kind.fused else None
+        self.fused = None
+        if kind.fused:
+            self.fused = FusedStep(model, B, capacity, kind.T, kind.weights, packed, kind.persistent)
         self.ids = torch.zeros(B, kind.T, dtype=torch.long, device=device)
         self.lengths = PerRow(B, device)
         self.counts = PerRow(B, device) if kind.T > 1 else None
         self.data = KVCache(config, B, capacity=capacity, device=device, dtype=model.dtype).data
         self.logits = torch.zeros(B * kind.T, config.vocab_size, dtype=torch.float32, device=device)
+        self.said = torch.zeros(B, self.data.shape[4], dtype=torch.long, device=device)
 
     def run(self, model):
         if self.counts is not None:
             self.fused.run(self.ids, self.lengths.tensor, self.data, self.logits, self.counts.tensor)
             return
         if self.fused is not None:
-            self.fused.run(self.ids, self.lengths.tensor, self.data, self.logits)
-            self.advance(None)
+            self.fused.say(self.ids, self.lengths.tensor, self.data, self.logits, self.said)
             return
         x = model.transformer(self.ids, past_key_values=self, return_dict=True).last_hidden_state  # [B, 1, C]
         self.logits.copy_(model.lm_head(x[:, -1]))
+        self._choose()
+
+    def _choose(self):
+        """kernels/decode/choose.py by operations of torch's, lengths having advanced."""
+        token = self.logits.argmax(-1)
+        is_one = self.logits.amax(-1) > -torch.inf
+        self.said.scatter_(1, self.lengths.tensor.long()[:, None] - 1, token.masked_fill(~is_one, -1)[:, None])
+        self.ids.copy_(token.masked_fill(~is_one, 0)[:, None])
 
     def reserve(self, T):
         self.places = next_places(self.lengths.tensor, T)
@@ -160,10 +178,10 @@ class DecodeStep:
 class DecodeGraph:
     """A captured DecodeStep and its memory."""
 
-    def __init__(self, model, B, capacity, kind):
+    def __init__(self, model, B, capacity, kind, packed=None):
         # Made in inference mode, its tensors could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self.step = DecodeStep(model, B, capacity, kind)
+            self.step = DecodeStep(model, B, capacity, kind, packed)
             self.graph = capture(lambda: self.step.run(model), model.device)
         self.step.lengths.known = None  # the warm-ups have advanced it
 
@@ -197,11 +215,12 @@ class DecodeGraphs:
 
     A graph in use is not among them, so that two threads never share one. (Their replays must still follow each other,
     as they do unless threads choose CUDA streams of their own: all share cuBLAS's workspace.) One whose weights were
-    replaced by others is let go; weights changed in place are the same weights.
+    replaced by others is let go; weights changed in place are the same weights. packed: what all graphs by
+    kernels/decode read, {"model" or "int8": PackedModel}.
     """
 
     def __init__(self):
-        self.kept, self.failed, self.told = {}, {}, set()
+        self.kept, self.failed, self.told, self.packed = {}, {}, set(), {}
 
     def tell(self, reason, level=logging.INFO):
         """Logs, once per reason, why decoding runs without a graph."""
@@ -212,24 +231,33 @@ class DecodeGraphs:
     def take(self, model, B, capacity, kind):
         """(key, graph), captured if none is kept; the graph is None if its capture failed, now or before."""
         weights = (
-            *_addresses(model),
+            *addresses((*model.parameters(), *model.buffers())),
             *model.modules(),
         )  # the modules too: one without weights may take another's place
         self.kept = {key: graph for key, graph in self.kept.items() if key[0] == weights}
         kernels, name = model.transformer.kernel_implementation, model.transformer.attn_implementation
         key = (weights, kernels, name, B, capacity, kind)
         graph = self.kept.pop(key, None)
-        if graph is not None and kind.fused:
-            graph.step.fused.refresh()
+        packed = self._packed(model, kind.weights) if kind.fused and key not in self.failed else None
         if graph is None and key not in self.failed:
             while len(self.kept) >= MAX_GRAPHS:
                 del self.kept[next(iter(self.kept))]
             try:
-                graph = DecodeGraph(model, B, capacity, kind)
+                graph = DecodeGraph(model, B, capacity, kind, packed)
             except Exception as error:
                 self.failed[key] = f"{type(error).__name__}: {error}"
                 self.tell(f"its capture failed: {self.failed[key]}", logging.WARNING)
         return key, graph
+
+    def _packed(self, model, weights):
+        """The weights as they are now, packed."""
+        packed = self.packed.get(weights)
+        if packed is not None and packed.is_of(model):
+            packed.refresh()
+        else:
+            with torch.inference_mode(False):
+                packed = self.packed[weights] = PackedModel(model, weights)
+        return packed
 
     def give_back(self, key, graph):
         self.kept[key] = graph
@@ -297,12 +325,12 @@ class GraphedSteps:
         """The step of B rows. ValueError where the decode kernels were asked for and cannot."""
         if self.decode_kernel == "plain":
             return Kind()
-        asked = self.decode_kernel == "fused" or self.weights != "model"
+        asked = self.decode_kernel in INSISTENT or self.weights != "model"
         reason = fused_refusal(self.model, B, MAX_TEXTS if asked else MOST_UNASKED, self.drafts)
         if reason is not None:
             refuse(self.decode_kernel, self.weights, reason)
             return Kind()
-        return Kind(True, self.weights, 1 + self.drafts)
+        return Kind(True, self.weights, 1 + self.drafts, self.decode_kernel == "persistent")
 
     def detach(self, cache):
         """Gives the cache memory of its own."""
@@ -313,12 +341,6 @@ class GraphedSteps:
         if self.graph is not None:
             self.graphs.give_back(self.key, self.graph)
         self.key = self.graph = None
-
-
-def _addresses(model):
-    """Addresses, dtypes, shapes and strides of all weights and buffers, which a captured graph relies on."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in tensors)
 
 
 def _is_watched(module):

@@ -23,7 +23,7 @@ _WHOLE = (
     "prompt_lookup_num_tokens",
 )
 _NUMBERS = ("max_time", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
-DECODE_KERNELS = ("auto", "fused", "plain")
+DECODE_KERNELS = ("auto", "fused", "persistent", "plain")
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _FLAGS = (
     "do_sample",

@@ -18,6 +18,7 @@ from peers import TALKATIVE, spread, tiny_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.decode import persistent
 from kernels.simulator import simulate
 from model import GPT2
 from model import cache as cache_module
@@ -25,7 +26,7 @@ from model.attention import attention, register_attention, registry
 from model.cache import KVCache
 from model.generation import graph as graph_module
 from model.generation.decoding import Decoding
-from model.generation.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep
+from model.generation.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep, Kind
 from model.generation.settings import Settings
 
 PROMPTS = [[5, 17, 80, 2, 9, 11], [7], [20, 21, 22]]
@@ -166,15 +167,17 @@ class TestTheStep:
         assert len(model._graphs.kept) == 2
 
     @across_lanes(lanes=("sm_80", "sm_90", "gpu"))
-    def test_by_kernels_of_its_own(self, lane, monkeypatch):
-        """The tokens of the ordinary step, ragged, over two capacities, in five launches a layer and one."""
+    @pytest.mark.parametrize("kernel", ["fused", "persistent"])
+    def test_by_kernels_of_its_own(self, lane, monkeypatch, kernel):
+        """The tokens of the ordinary step, ragged, over two capacities, in five launches a layer or one a token."""
         if lane.device == "cpu":
+            monkeypatch.setattr(persistent, "PROGRAMS", 2)
             monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
             monkeypatch.setattr(graph_module, "capture", Again)
         model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton")
         model = spread(model, TALKATIVE).eval().to(lane.device)
-        assert_says_the_same(model, PROMPTS, max_new_tokens=5)
-        assert [graph.step.fused is not None for graph in model._graphs.kept.values()] == [True, True]
+        assert_says_the_same(model, PROMPTS, max_new_tokens=5, decode_kernel=kernel)
+        assert [key[-1] for key in model._graphs.kept] == [Kind(True, persistent=kernel == "persistent")] * 2
 
     @across_lanes(lanes=("sm_80", "sm_90", "gpu"))
     @pytest.mark.parametrize("weights", ["model", "int8"])
@@ -194,11 +197,11 @@ class TestTheStep:
             plain = say(model, prompts, prompt_lookup_num_tokens=3, **options, cuda_graph=False)
             assert torch.equal(drafted.sequences, plain.sequences)
             assert drafted.forward_passes == plain.forward_passes
-        assert {key[-1] for key in model._graphs.kept} == {(True, weights, 1), (True, weights, 4)}
+        assert {key[-1] for key in model._graphs.kept} == {Kind(True, weights, 1), Kind(True, weights, 4)}
 
     @across_lanes(lanes=("sm_90", "gpu"))
     def test_kernels_of_its_own_see_weights_that_changed_in_place(self, lane, monkeypatch):
-        """The matrices are packed, but anew for each call."""
+        """The matrices are packed, once for a model, but what has changed is packed anew."""
         if lane.device == "cpu":
             monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
             monkeypatch.setattr(graph_module, "capture", Again)
@@ -221,6 +224,9 @@ class TestTheStep:
             step.run(model)
             logits, changed = step.logits.clone(), (step.data != before).any(-1)  # [n_layer, 2, B, H, capacity]
             assert changed.sum((0, 1, 3)).tolist() == [[0] * n + [2 * 2 * 3] + [0] * (15 - n) for n in (5, 2)]
+            assert torch.equal(step.ids[:, 0], logits.argmax(1))
+            assert torch.equal(step.said[[0, 1], [5, 2]], logits.argmax(1))
+            step.ids.zero_()
             step.lengths.tensor.sub_(1)
             step.data[:, :, 0, :, 6:] = 99.0
             step.data[:, :, 1, :, 3:] = -99.0
@@ -231,12 +237,12 @@ class TestTheStep:
     def test_keeps_its_addresses_and_advances_in_place(self, model):
         with torch.no_grad():
             step = DecodeStep(model, 3, 16)
-            state = (step.ids, step.lengths.tensor, step.data, step.logits)
+            state = (step.ids, step.lengths.tensor, step.data, step.logits, step.said)
             addresses = [tensor.data_ptr() for tensor in state]
             for t in range(1, 5):
                 step.run(model)
                 assert [tensor.data_ptr() for tensor in state] == addresses
-                assert state == (step.ids, step.lengths.tensor, step.data, step.logits)
+                assert state == (step.ids, step.lengths.tensor, step.data, step.logits, step.said)
                 assert step.lengths.tensor.tolist() == [t] * 3
 
 
@@ -563,13 +569,19 @@ class TestFallingBack:
     ],
     ids=["attention", "kernels", "rows", "no graph", "beams", "replaced", "drafts"],
 )
-@pytest.mark.parametrize("asked", [{"decode_kernel": "fused"}, {"weights": "int8"}], ids=["fused", "int8"])
+@pytest.mark.parametrize(
+    "asked",
+    [{"decode_kernel": "fused"}, {"decode_kernel": "persistent"}, {"weights": "int8"}],
+    ids=["fused", "persistent", "int8"],
+)
 def test_kernels_of_its_own_that_cannot_serve_are_refused_by_name(monkeypatch, change, options, reason, asked):
     monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
     monkeypatch.setattr(graph_module, "capture", Again)
     model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton").eval()
     change(model)
     ((name, value),) = asked.items()
+    if value == "persistent" and "prompt_lookup_num_tokens" in options:
+        reason = "prompt lookup feeds several tokens of a text at once, and one launch takes one of each"
     with simulate("sm_90"), pytest.raises(ValueError, match=rf"{name}='{value}' cannot serve this call: {reason}"):
         say(model, [[1, 2]], **asked, **options)
 
@@ -592,9 +604,11 @@ def test_int8_weights_are_refused_where_no_kernel_reads_them(monkeypatch):
         say(model, UNIFORM, weights="int8")
 
 
-@pytest.mark.parametrize("value", ["persistent", 1, True, torch.ones(1)], ids=str)
+@pytest.mark.parametrize("value", ["whole", 1, True, torch.ones(1)], ids=str)
 def test_an_unknown_kernel_is_refused(model, value):
-    with pytest.raises(ValueError, match=r"decode_kernel is .*; it must be 'auto' or 'fused' or 'plain'"):
+    with pytest.raises(
+        ValueError, match=r"decode_kernel is .*; it must be 'auto' or 'fused' or 'persistent' or 'plain'"
+    ):
         say(model, UNIFORM, decode_kernel=value)
 
 
