@@ -66,7 +66,7 @@ def _decode_choose_kernel(
 
 
 def _choose_plan(B, V, capacity):
-    WIDTH = min(8192, triton.next_power_of_2(V))
+    WIDTH = min(16384, triton.next_power_of_2(V))
     return (B,), (V, capacity), {"WIDTH": WIDTH, "num_warps": max(1, WIDTH // 512)}, {}
 
 

@@ -39,7 +39,7 @@ from kernels.decode.phases import (
 from kernels.decode.step import AT_ONCE, BK, split_keys
 from kernels.decode.tiles import _activations, _layer_norm, _vector, _weight_rows
 from kernels.launch import Launcher
-from kernels.library import LOG2E
+from kernels.library import INTERPRETED, LOG2E
 
 WARPS = 8
 BYTES = 24  # of a thread's tiles of weights, about: an element of so many; with the next ones twice that
@@ -114,7 +114,7 @@ def _tiles_of(cache, item, splits, lengths_ptr, D: tl.constexpr, BLOCK_D: tl.con
     keys, B, H, capacity = cache
     head = item // splits
     length = tl.load(lengths_ptr + head // H, mask=head < B * H, other=0)
-    keys += head.to(tl.int64) * capacity * D
+    keys += tl.cast(head, tl.int64) * capacity * D
     values = keys + tl.cast(B, tl.int64) * H * capacity * D
     return (
         _held(keys, item % splits, length, D, BLOCK_D, SPLIT),
@@ -142,7 +142,7 @@ def _attend_to_item(
     split = item % splits
     length = tl.load(lengths_ptr + head // H)
     if split * SPLIT <= length:
-        keys += head.to(tl.int64) * capacity * D
+        keys += tl.cast(head, tl.int64) * capacity * D
         values = keys + tl.cast(B, tl.int64) * H * capacity * D
         k = _with_new(tiles[0], keys, split, length, D, BLOCK_D, SPLIT)
         v = _with_new(tiles[1], values, split, length, D, BLOCK_D, SPLIT)
@@ -237,7 +237,7 @@ def _decode_persistent_kernel(
     norm = _norm_of(ln_1_ptr, 0, C, ALIGN, BK, R)
     w_qkv = _rows_of(qkv, 0, p * N_QKV, end_qkv, 3 * C, C, ALIGN, BK, R, G_QKV)
     for layer in tl.range(L):
-        i = layer.to(tl.int64)
+        i = tl.cast(layer, tl.int64)
         cache = (cache_ptr + i * 2 * B * H * capacity * D, B, H, capacity)
         if layer > 0:
             _await(counters_ptr, arrivals)
@@ -325,12 +325,12 @@ def _decode_persistent_kernel(
         for b in tl.range(B):
             if not ONE:
                 y = _layer_norm(_activations(x_ptr + b * C, C, BK, R), norm[0], norm[1], eps, C, BK)
-            row = logits_ptr + b.to(tl.int64) * V
+            row = logits_ptr + tl.cast(b, tl.int64) * V
             _store_product(w[0], y, w[1], w[2], row, first, end_head, K_C, R, G_HEAD, False)
         w = ahead
     tl.debug_barrier()  # the program's own logits, stored by other threads
     for b in tl.range(B):
-        tl.store(best_ptr + b * P + p, _best(logits_ptr + b.to(tl.int64) * V, p * N_HEAD, end_head, BLOCK_V))
+        tl.store(best_ptr + b * P + p, _best(logits_ptr + tl.cast(b, tl.int64) * V, p * N_HEAD, end_head, BLOCK_V))
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + COUNTERS // 2, 1, sem="acq_rel", scope="gpu") == P - 1:
         tl.debug_barrier()  # all others have left their last _await
@@ -347,7 +347,12 @@ def _parts(B, C, H, N, V, splits):
 
 
 def _programs(parts):
-    """One for each multiprocessor of the chip: as many as are resident at once, whatever registers they take."""
+    """One for each multiprocessor of the chip: as many as are resident at once, whatever registers they take.
+
+    In Triton's interpreter one: it runs them one after the other, and the first would wait for the second.
+    """
+    if INTERPRETED:
+        return 1
     if PROGRAMS is not None:
         return PROGRAMS
     active = driver.active

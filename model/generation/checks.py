@@ -17,6 +17,11 @@ class ScoreCheck:
         failed = no_choice(scores, self.is_sampling) & is_going & (self.failed_at < 0)
         self.failed_at = self.failed_at.masked_fill(failed, step)
 
+    def note(self, failed, step):
+        """failed [R, n]: which of new tokens `step` and the next ones could not be chosen."""
+        first = step + failed.int().argmax(1)
+        self.failed_at = torch.where(failed.any(1) & (self.failed_at < 0), first, self.failed_at)
+
     def ask(self, logits=None):
         """Raises ValueError where a row had nothing to choose from; logits [R, V], of the last step, tell why."""
         if (self.failed_at >= 0).any():

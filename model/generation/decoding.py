@@ -6,7 +6,7 @@ KVCache.attend); on a GPU as far as its matrix products are independent of the n
 
 On a GPU a decode step is one replayed CUDA graph (model/generation/graph.py), and the host, which runs ahead of the
 device, looks at the tokens every SYNC_EVERY steps alone; only a streamer, stop strings and the caller's own functions
-see more of them.
+see more of them. Where nothing but the logits decides, the graph chooses the ids, too (model/generation/ahead.py).
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model.cache import KVCache
+from model.generation.ahead import Rows, go_on, serves
 from model.generation.beam import BeamRecord, beam_search
 from model.generation.checks import ScoreCheck
 from model.generation.graph import GraphedSteps
@@ -26,6 +27,7 @@ from model.layers.observed import is_plain
 from model.outputs import GenerateOutput
 
 SYNC_EVERY = 16  # steps after which a GPU is asked whether all rows have ended
+ASKED_ALWAYS = ("cpu",)
 
 
 @dataclass(eq=False)
@@ -78,17 +80,18 @@ class Decoding:
         ]
         warpers = build_warpers(settings)
         uniform = uniform_draws(seeds, steps, device) if settings.do_sample else None
-        budgets = torch.tensor(self.budgets, device=device)
-        is_going = torch.ones(R, dtype=torch.bool, device=device)
-        new_tokens = torch.zeros(R, dtype=torch.long, device=device)  # chosen for each row so far
+        rows = Rows(ids, width, torch.tensor(self.budgets, device=device), self.fill)
+        every = 1 if device.type in ASKED_ALWAYS or self.streamer is not None else SYNC_EVERY
+        by_itself = serves(self) and not processors[0] and not warpers  # may the captured step choose?
         check = ScoreCheck(R, device, settings.do_sample)
         kept_scores, kept_logits = [], []
         copies = (
             settings.output_scores or settings.output_logits or bool(self.processors)
         )  # a graph's next logits stand where the last ones stood
-        self._stream(self.prompts[0])
+        self.stream(self.prompts[0])
 
-        for step in range(steps):
+        step = 0
+        while True:
             column = width + step
             scores = logits.to(torch.float32, copy=copies)
             if settings.output_logits:
@@ -99,26 +102,31 @@ class Decoding:
                 scores = warp(scores)
             if settings.output_scores:
                 kept_scores.append(scores)
-            check.see(scores, step, is_going)
+            check.see(scores, step, rows.is_going)
             asks = device.type == "cpu" or (step + 1) % SYNC_EVERY == 0 or step + 1 == steps
             if asks:
                 check.ask(logits if device.type == "cpu" else None)
             token = draw(scores, uniform[:, step]) if settings.do_sample else scores.argmax(-1)
-            token = token.masked_fill(~is_going, self.fill)
+            token = token.masked_fill(~rows.is_going, self.fill)
             ids[:, column] = token
-            self._stream(token)
-            new_tokens += is_going
+            self.stream(token)
+            rows.new_tokens += rows.is_going
             if self.stops.needs_rows:
                 history = tuple(kept_scores) or None
                 ended = torch.cat([self.stops(ids[r, a : column + 1], history) for r, a in groups])
             else:
                 ended = self.stops(ids[:, : column + 1])
-            is_going = is_going & ~ended & (budgets > step + 1)
-            if step + 1 == steps or (asks and not is_going.any()):
+            rows.is_going &= ~ended & (rows.budgets > step + 1)
+            step += 1
+            if step == steps or (asks and not rows.is_going.any()):
                 break
-            logits = self.decode(ids, first, column + 1)
+            if by_itself:
+                step, is_all = go_on(self, rows, step, steps, every, check)
+                if is_all:
+                    break
+            logits = self.decode(ids, first, width + step)
 
-        length = int(new_tokens.max())
+        length = int(rows.new_tokens.max())
         return GenerateOutput(
             sequences=ids[:, : width + length],
             scores=tuple(kept_scores[:length]) if settings.output_scores else None,
@@ -229,7 +237,7 @@ class Decoding:
     def _verify_drafts_of_row(self, prompt, budget):
         """The prompt [L] and its continuation."""
         logits = self.prefill([prompt])
-        self._stream(prompt)
+        self.stream(prompt)
         new = decode_with_lookup(
             logits.float(),
             self._verify,
@@ -239,7 +247,7 @@ class Decoding:
             draft_length=self.settings.prompt_lookup_num_tokens,
             processors=build_processors(self.settings, len(prompt), self.eos, self.processors),
             stops=self.stops,
-            emit=self._stream,
+            emit=self.stream,
         )
         return torch.cat((prompt, new))
 
@@ -300,7 +308,7 @@ class Decoding:
             "hidden_states": tuple(states for _, states in passes) if settings.output_hidden_states else None,
         }
 
-    def _stream(self, ids):
+    def stream(self, ids):
         if self.streamer is not None:
             self.streamer.put(ids.cpu())
 

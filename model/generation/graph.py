@@ -199,8 +199,7 @@ class DecodeGraph:
         Where the graph is one for drafts, T may be less than what it was captured for.
         """
         T = ids.shape[1]
-        self.step.ids[:, :T].copy_(ids)
-        self.step.lengths.of(cache.lengths)
+        self._begin(ids, cache)
         if self.step.counts is not None:
             self.step.counts.of([T] * cache.batch_size)
         self.graph.replay()
@@ -208,6 +207,20 @@ class DecodeGraph:
         if self.step.counts is None:
             self.step.lengths.known = list(cache.lengths)
         return self.step.logits[:T] if cache.batch_size == 1 else self.step.logits
+
+    def say(self, ids, cache, count):
+        """The next `count` ids [B, count] after ids [B, 1], by so many replays; -1 where there was none to choose."""
+        self._begin(ids, cache)
+        for _ in range(count):
+            self.graph.replay()
+        cache.advance([count] * cache.batch_size)
+        self.step.lengths.known = list(cache.lengths)
+        first = self.step.lengths.tensor.long() - count  # [B]
+        return self.step.said.gather(1, first[:, None] + torch.arange(count, device=ids.device))
+
+    def _begin(self, ids, cache):
+        self.step.ids[:, : ids.shape[1]].copy_(ids)
+        self.step.lengths.of(cache.lengths)
 
 
 class DecodeGraphs:
@@ -251,13 +264,13 @@ class DecodeGraphs:
 
     def _packed(self, model, weights):
         """The weights as they are now, packed."""
-        packed = self.packed.get(weights)
-        if packed is not None and packed.is_of(model):
-            packed.refresh()
+        self.packed = {name: packed for name, packed in self.packed.items() if packed.is_of(model)}
+        if weights in self.packed:
+            self.packed[weights].refresh()
         else:
             with torch.inference_mode(False):
-                packed = self.packed[weights] = PackedModel(model, weights)
-        return packed
+                self.packed[weights] = PackedModel(model, weights)
+        return self.packed[weights]
 
     def give_back(self, key, graph):
         self.kept[key] = graph
@@ -300,14 +313,29 @@ class GraphedSteps:
         With drafts, [T, V] after ids [1, T], the last token and T - 1 drafts. After the former `cache` lies in a
         graph's memory, and detach() takes it out; after the latter it has its own.
         """
+        return self.graph(ids, cache) if self._is_ready(cache, ids.shape[1]) else None
+
+    def say(self, ids, cache, most):
+        """(ids [B, n], the last logits) that the graph itself chooses after ids [B, 1], n at most `most`.
+
+        None where decode() must do: there is no graph, or a row has come to n_positions. Logits are overwritten by the
+        next step.
+        """
+        if cache.get_seq_length() >= cache.n_positions or not self._is_ready(cache, 1):
+            return None
+        count = min(most, self.graph.capacity - cache.get_seq_length())
+        return self.graph.say(ids, cache, count), self.graph.step.logits
+
+    def _is_ready(self, cache, T):
+        """Whether there is a graph, with the cache in its memory and room for T tokens more; if need be another one."""
         self.cache = cache
-        needed = cache.get_seq_length() + ids.shape[1]
+        needed = cache.get_seq_length() + T
         if not self.has_failed:
             if self.graph is None or self.graph.capacity < needed:
                 self._change_to(grown_capacity(needed, cache.n_positions), cache)
             elif cache.data is not self.graph.data:  # another text's
                 cache.move(self.graph.data)
-        return None if self.has_failed else self.graph(ids, cache)
+        return not self.has_failed
 
     def _change_to(self, capacity, cache):
         kind = self._kind(cache.batch_size)

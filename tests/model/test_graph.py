@@ -4,29 +4,33 @@ Where there is no GPU, `Recording` stands in for the CUDA graph. The tests under
 """
 
 import copy
+import gc
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from lanes import across_lanes
 from peers import TALKATIVE, spread, tiny_config
+from test_decode_step import Counting
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels.decode import persistent
+from kernels.decode import Weights, persistent
 from kernels.simulator import simulate
 from model import GPT2
 from model import cache as cache_module
 from model.attention import attention, register_attention, registry
 from model.cache import KVCache
+from model.generation import decoding
 from model.generation import graph as graph_module
 from model.generation.decoding import Decoding
-from model.generation.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep, Kind
+from model.generation.graph import MAX_GRAPHS, DecodeGraphs, DecodeStep, GraphedSteps, Kind
 from model.generation.settings import Settings
 
 PROMPTS = [[5, 17, 80, 2, 9, 11], [7], [20, 21, 22]]
@@ -67,6 +71,17 @@ class Again:
     def __init__(self, step, device):
         step()
         self.replay = step
+
+
+class Unseen(Again):
+    """The same, its operations counted by nobody."""
+
+    def __init__(self, step, device):
+        def unseen():
+            with _disable_current_modes():
+                step()
+
+        super().__init__(unseen, device)
 
 
 class Captures(list):
@@ -200,20 +215,64 @@ class TestTheStep:
         assert {key[-1] for key in model._graphs.kept} == {Kind(True, weights, 1), Kind(True, weights, 4)}
 
     @across_lanes(lanes=("sm_90", "gpu"))
-    def test_kernels_of_its_own_see_weights_that_changed_in_place(self, lane, monkeypatch):
-        """The matrices are packed, once for a model, but what has changed is packed anew."""
+    @pytest.mark.parametrize("weights", ["model", "int8"])
+    def test_packed_weights_follow_the_models(self, lane, monkeypatch, weights):
+        """They are packed once for a model, in place where something has changed, and int8 only then."""
         if lane.device == "cpu":
             monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
             monkeypatch.setattr(graph_module, "capture", Again)
         model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton")
         model = spread(model, TALKATIVE).eval().to(lane.device)
-        before = say(model, UNIFORM, max_new_tokens=4)
-        (kept,) = model._graphs.kept.values()
-        for parameter in model.transformer.h.parameters():
-            parameter.data.mul_(-1.5)
-        after = assert_says_the_same(model, UNIFORM, max_new_tokens=4)
-        assert not torch.equal(after.scores[-1], before.scores[-1])
+        other = {name: x.flatten().roll(1).view(x.shape) for name, x in model.state_dict().items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=1.0)
+        written = []
+        write = Weights.write
+        monkeypatch.setattr(Weights, "write", lambda *given: written.append(1) or write(*given))
+
+        def scores():
+            """Of the last token; None where nothing was packed anew."""
+            before = len(written)
+            last = say(model, UNIFORM[:1], max_new_tokens=2, weights=weights).scores[-1]
+            return last, len(written) - before
+
+        def step():
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+
+        seen = [scores()]
+        (kept,), (packed,) = model._graphs.kept.values(), model._graphs.packed.values()
+        assert scores()[1] == (weights == "model")
+        for change in (
+            lambda: model.transformer.h[0].mlp.c_fc.weight.data[3:4].mul_(-1.5),  # of which torch counts no version
+            lambda: model.load_state_dict(other),
+            step,
+        ):
+            change()
+            seen.append(scores())
         assert list(model._graphs.kept.values()) == [kept]
+        assert list(model._graphs.packed.values()) == [packed]
+        assert all(count == 1 for _, count in seen)
+        assert all(not torch.equal(a, b) for i, (a, _) in enumerate(seen) for b, _ in seen[:i])
+        if weights == "model":
+            assert_says_the_same(model, UNIFORM[:1], max_new_tokens=2)
+        model.half()
+        assert scores()[1] == 1
+        assert list(model._graphs.packed.values()) != [packed]
+        assert copy.deepcopy(model)._graphs is None
+
+    def test_all_graphs_of_a_model_read_one_packed_copy_which_goes_with_it(self, monkeypatch):
+        monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
+        monkeypatch.setattr(graph_module, "capture", lambda step, device: None)
+        model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton").eval()
+        graphs = DecodeGraphs()
+        steps = [graphs.take(model, B, 8 * B, Kind(True))[1].step.fused for B in (1, 2)]
+        assert steps[0].packed is steps[1].packed is graphs.packed["model"]
+        packed = weakref.ref(steps[0].packed)
+        del steps, graphs
+        gc.collect()
+        assert packed() is None
+        assert not [name for name in model.state_dict() if "packed" in name]
 
     def test_reads_nothing_beyond_a_rows_end_and_writes_one_slot(self, model):
         with torch.no_grad():
@@ -352,6 +411,109 @@ class TestNothingWaits:
         logits = torch.zeros(len(prompts), 101, device="meta")
         with pytest.raises(StopIteration):
             on_meta.generate(prompts, max_new_tokens=20, eos_token_id=[3, 4], **options)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Lets a CPU be asked as a GPU is, but after every four tokens."""
+    monkeypatch.setattr(decoding, "SYNC_EVERY", 4)
+    monkeypatch.setattr(decoding, "ASKED_ALWAYS", ())
+
+
+class TestTheStepChooses:
+    """Greedy decoding where nobody sees the logits: the captured step itself goes on from token to token."""
+
+    @pytest.fixture(autouse=True)
+    def _chosen(self, captures, monkeypatch):
+        """Counts the ids that were chosen so."""
+        self.chosen, say = 0, GraphedSteps.say
+
+        def counted(steps, ids, cache, most):
+            said = say(steps, ids, cache, most)
+            self.chosen += 0 if said is None else said[0].shape[1]
+            return said
+
+        monkeypatch.setattr(GraphedSteps, "say", counted)
+
+    def both(self, model, prompts, **options):
+        options = {"output_scores": False, "max_new_tokens": 20} | options
+        return [say(model, prompts, cuda_graph=graphed, **options) for graphed in (True, False)]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"eos_token_id": list(range(0, 101, 7)), "pad_token_id": 3},
+            {"max_new_tokens": None, "max_length": 20},
+            {"max_new_tokens": 90, "sliding_window": True},
+        ],
+        ids=lambda options: "+".join(options),
+    )
+    @pytest.mark.parametrize("prompts", [UNIFORM, PROMPTS], ids=["uniform", "ragged"])
+    def test_what_the_host_would_choose(self, model, prompts, options):
+        graphed, plain = self.both(model, prompts, **options)
+        assert torch.equal(graphed.sequences, plain.sequences)
+        assert graphed.forward_passes == plain.forward_passes
+        assert graphed.past_key_values.lengths == plain.past_key_values.lengths
+        assert self.chosen > 0
+
+    @pytest.mark.parametrize("options", [{}, {"eos_token_id": list(range(0, 101, 7)), "pad_token_id": 3}], ids=str)
+    def test_several_at_a_look(self, looks, model, options):
+        """Over two changes of capacity; what comes behind a row's end is filling."""
+        for prompts in (UNIFORM, PROMPTS):
+            graphed, plain = self.both(model, prompts, **options)
+            assert torch.equal(graphed.sequences, plain.sequences)
+        if not options:
+            assert self.chosen == 2 * 19
+
+    def test_a_streamer_gets_every_token_when_it_is_said(self, looks, model):
+        class Streamer(list):
+            def put(self, ids):
+                self.append(ids.tolist())
+
+            def end(self):
+                pass
+
+        streamed = Streamer()
+        out = model.generate(UNIFORM[:1], max_new_tokens=9, eos_token_id=[], streamer=streamed)
+        assert streamed == [UNIFORM[0], *([token] for token in out[0, 3:].tolist())]
+        assert self.chosen == 8
+
+    @pytest.mark.parametrize("is_asked_late", [False, True])
+    def test_where_there_is_none_to_choose_it_says_so(self, request, model, is_asked_late):
+        if is_asked_late:
+            request.getfixturevalue("looks")
+        with torch.no_grad():
+            model.transformer.wpe.weight[6] = torch.nan
+        with pytest.raises(ValueError, match=r"row 1 for new token 4 (are|hold) NaN"):
+            self.both(model, [[5], [5, 17, 80, 2]], max_new_tokens=6)
+        assert self.chosen == 3
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"do_sample": True, "seed": 1}, {"output_scores": True}, {"max_time": 1e3}, {"repetition_penalty": 1.1}]
+        + [{"stopping_criteria": [lambda ids, scores: ids[:, -1] < 0]}, {"renormalize_logits": True}],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_the_host_chooses_where_it_must(self, model, options):
+        graphed, plain = self.both(model, UNIFORM, **options)
+        assert torch.equal(graphed.sequences, plain.sequences)
+        assert self.chosen == 0
+
+    def test_operations_beside_the_replays(self, looks, monkeypatch, model):
+        """For a GPU each is a launch. Of 32 tokens more, in looks of 16, and where the host chooses (max_time)."""
+        monkeypatch.setattr(decoding, "SYNC_EVERY", 16)
+        monkeypatch.setattr(cache_module, "STEP", 128)
+        monkeypatch.setattr(graph_module, "capture", Unseen)
+
+        def operations(tokens, **options):
+            with Counting() as counting:
+                model.generate(UNIFORM, max_new_tokens=tokens, eos_token_id=[100], **options)
+            return counting.operations.total()
+
+        a_token = [(operations(49, **options) - operations(17, **options)) / 32 for options in ({}, {"max_time": 1e3})]
+        assert a_token[0] < 3.5
+        assert a_token[1] > 12
 
 
 class TestWhatIsKept:
@@ -660,6 +822,20 @@ class TestOnAGPU:
         assert len(launches) == 12
         counts = {event.key: event.count for event in profile.key_averages()}
         assert counts["cudaGraphLaunch"] == 12
+
+    def test_where_nobody_sees_the_logits_a_token_is_one_launch(self, model):
+        """Six tokens more within one look, through the same two capacities."""
+
+        def launches(tokens):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                model.generate(UNIFORM, max_new_tokens=tokens, eos_token_id=[])
+            counts = {event.key: event.count for event in profile.key_averages()}
+            return counts["cudaGraphLaunch"], sum(counts.get(f"{x}LaunchKernel", 0) for x in ("cuda", "cu"))
+
+        launches(13)
+        (few, beside_few), (many, beside_many) = launches(7), launches(13)
+        assert (few, many) == (6, 12)
+        assert beside_many <= beside_few + 2
 
     def test_memory_stays_as_it_is_from_token_to_token(self, model):
         say(model, UNIFORM, max_new_tokens=14)
