@@ -121,7 +121,7 @@ def _column_sums_plan(first, *groups):
     """first: the element of the partial sums at which they begin; groups: (K, P, N)."""
     programs = sum(K * triton.cdiv(N, 32) for K, _, N in groups)
     numbers = [number for group in groups for number in group] + [0] * (3 * (MOST_GROUPS - len(groups)))
-    options = {"GROUPS": len(groups), "BLOCK_P": 32, "BLOCK_N": 32, "num_warps": 4}
+    options = {"GROUPS": len(groups), "BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
     return (programs,), numbers, options, {0: first} if first else {}
 
 

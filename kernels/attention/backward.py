@@ -26,7 +26,16 @@ import triton.language as tl
 
 from kernels.attention.dropout import dropout_key, dropped_weight, keep_mask
 from kernels.attention.plans import COUNTS, contiguous_heads, packed_heads, tile_constants
-from kernels.attention.tiles import _head, _key_tiles, _load_rows, _locate, _row_bounds, _store_rows, _visible
+from kernels.attention.tiles import (
+    _head,
+    _key_tiles,
+    _load_rows,
+    _locate,
+    _row_bounds,
+    _store_rows,
+    _store_sums,
+    _visible,
+)
 from kernels.configs import attention_config, heads_in_l2
 from kernels.dropout import dropout_numbers
 from kernels.launch import Launcher
@@ -47,6 +56,7 @@ def _attention_dq_kernel(
     kv_end_ptr,  # [B] int32 or None
     q_start_ptr,  # [B] int32 or None
     seed_ptr,  # [1] int64 or None
+    partial_ptr,  # [B tiles, H HEAD_DIM] fp32 or None: the sums of dq over the rows of each tile
     stride_qb,
     stride_qh,
     stride_qt,
@@ -119,15 +129,12 @@ def _attention_dq_kernel(
                 dp = tl.where(keep, dp, 0.0)
             ds = p * (dp - delta[:, None])  # [BLOCK_M, BLOCK_N]
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT_PRECISION)  # scales come at the end
-    _store_rows(
-        dq_ptr + _head(b, h, stride_dqb, stride_dqh, VECTOR),
-        dq * (scale * keep_scale),
-        offs_m,
-        stride_dqt,
-        inside,
-        HEAD_DIM,
-        BLOCK_D,
-    )
+    dq *= scale * keep_scale
+    dq_ptr += _head(b, h, stride_dqb, stride_dqh, VECTOR)
+    _store_rows(dq_ptr, dq, offs_m, stride_dqt, inside, HEAD_DIM, BLOCK_D)
+    if partial_ptr is not None:  # rows beyond T_q are zero
+        program = b * tl.cdiv(T_q, BLOCK_M) + tile
+        _store_sums(partial_ptr, dq, dq_ptr.dtype.element_ty, program, h * HEAD_DIM, H * HEAD_DIM, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -144,6 +151,7 @@ def _attention_dkdv_kernel(
     kv_end_ptr,  # [B] int32 or None
     q_start_ptr,  # [B] int32 or None
     seed_ptr,  # [1] int64 or None
+    partial_ptr,  # [B tiles, 2 H HEAD_DIM] fp32 or None: those of dk, and behind them those of dv
     stride_qb,
     stride_qh,
     stride_qt: tl.constexpr,
@@ -254,12 +262,15 @@ def _attention_dkdv_kernel(
     inside = offs_n < T_k
     dk = tl.where(valid, dk * (scale * keep_scale), 0.0)
     dv = tl.where(valid, dv * keep_scale, 0.0)
-    _store_rows(
-        dk_ptr + _head(b, h, stride_dkb, stride_dkh, VECTOR), dk, position, stride_dkt, inside, HEAD_DIM, BLOCK_D
-    )
-    _store_rows(
-        dv_ptr + _head(b, h, stride_dvb, stride_dvh, VECTOR), dv, position, stride_dvt, inside, HEAD_DIM, BLOCK_D
-    )
+    dk_ptr += _head(b, h, stride_dkb, stride_dkh, VECTOR)
+    dv_ptr += _head(b, h, stride_dvb, stride_dvh, VECTOR)
+    _store_rows(dk_ptr, dk, position, stride_dkt, inside, HEAD_DIM, BLOCK_D)
+    _store_rows(dv_ptr, dv, position, stride_dvt, inside, HEAD_DIM, BLOCK_D)
+    if partial_ptr is not None:  # rows of keys that are none are zero
+        program = b * tl.cdiv(T_k, BLOCK_N) + tile
+        width = 2 * H * HEAD_DIM
+        _store_sums(partial_ptr, dk, dk_ptr.dtype.element_ty, program, h * HEAD_DIM, width, HEAD_DIM)
+        _store_sums(partial_ptr, dv, dv_ptr.dtype.element_ty, program, (H + h) * HEAD_DIM, width, HEAD_DIM)
 
 
 def _plan(direction, strides, T, bytes_per_head, shape, T_k, dtype, dropout, scale, causal, dropout_p, offsets=None):
@@ -289,8 +300,15 @@ def _dkdv_plan(shape, T_k, q, k, v, o, do, dq, dk, dv, *rest):
     return _plan("dkdv", (q, k, v, do, dk, dv), T_k, 2 * shape[2] * shape[3], shape, T_k, *rest)
 
 
-def _packed(plan, parts):
-    """plan for qkv [B, T, 3C] and its gradient; parts: {index of a pointer: which of q, k, v it means}."""
+def partial_rows(dtype, head_dim, T, dropout):
+    """How many rows the partial sums of dq, and those of dk and dv, have for each row of the batch."""
+    dq, dkdv = (attention_config(direction, dtype, head_dim, T, dropout) for direction in ("dq", "dkdv"))
+    return triton.cdiv(T, dq.BLOCK_M), triton.cdiv(T, dkdv.BLOCK_N)
+
+
+def _packed(plan, parts, partial):
+    """plan for qkv [B, T, 3C] and its gradient; parts: {index of a pointer: which of q, k, v it means}; partial: that
+    of the partial sums, which begin at an element that comes last in the key."""
 
     def packed_plan(shape, qkv_strides, o_strides, do_strides, num_heads, *rest):
         B, T, three_C = shape
@@ -299,22 +317,24 @@ def _packed(plan, parts):
         qkv, o, do = (packed_heads(strides, D) for strides in (qkv_strides, o_strides, do_strides))
         dqkv = contiguous_heads(T, num_heads, D, 3)
         strides = qkv, qkv, qkv, o, do, dqkv, dqkv, dqkv
-        return plan((B, num_heads, T, D), T, *strides, *rest, {i: part * C for i, part in parts.items()})
+        *rest, partial_at = rest
+        offsets = {i: part * C for i, part in parts.items()} | ({partial: partial_at} if partial_at else {})
+        return plan((B, num_heads, T, D), T, *strides, *rest, offsets)
 
     return packed_plan
 
 
 _launch_dq = Launcher(_attention_dq_kernel, _dq_plan)
 _launch_dkdv = Launcher(_attention_dkdv_kernel, _dkdv_plan)
-_launch_packed_dq = Launcher(_attention_dq_kernel, _packed(_dq_plan, {1: 1, 2: 2}))
-_launch_packed_dkdv = Launcher(_attention_dkdv_kernel, _packed(_dkdv_plan, {1: 1, 2: 2, 4: 1, 5: 2}))
+_launch_packed_dq = Launcher(_attention_dq_kernel, _packed(_dq_plan, {1: 1, 2: 2}, 12))
+_launch_packed_dkdv = Launcher(_attention_dkdv_kernel, _packed(_dkdv_plan, {1: 1, 2: 2, 4: 1, 5: 2}, 12))
 
 
 def _launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, options):
     """Writes dq, dk and dv, which have the shapes of q, k and v and strides of their own."""
     if q.numel():
         kv_start, kv_end, q_start, seed, *numbers = options
-        tail = (lse, torch.empty_like(lse), kv_start, kv_end, q_start, seed)  # the second is delta
+        tail = (lse, torch.empty_like(lse), kv_start, kv_end, q_start, seed, None)  # the second is delta
         strides = [x.stride() for x in (q, k, v, o, do, dq, dk, dv)]
         key = (q.shape, k.shape[2], *strides, q.dtype, seed is not None, *numbers)
         _launch_dq((q, k, v, o, do, dq, *tail), *key)
@@ -330,8 +350,8 @@ def _launch_packed_backward(do, qkv, o, lse, num_heads, options):
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if shape[0] and shape[1]:
         kv_start, kv_end, q_start, seed, *numbers = options
-        tail = (lse, torch.empty_like(lse), kv_start, kv_end, q_start, seed)  # the second is delta
-        key = (shape, qkv.stride(), o.stride(), do.stride(), num_heads, qkv.dtype, seed is not None, *numbers)
+        tail = (lse, torch.empty_like(lse), kv_start, kv_end, q_start, seed, None)  # the second is delta
+        key = (shape, qkv.stride(), o.stride(), do.stride(), num_heads, qkv.dtype, seed is not None, *numbers, 0)
         _launch_packed_dq((qkv, qkv, qkv, o, do, dqkv, *tail), *key)
         _launch_packed_dkdv((qkv, qkv, qkv, do, dqkv, dqkv, *tail), *key)
     return dqkv

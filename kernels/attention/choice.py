@@ -96,6 +96,8 @@ class PackedAttention:
     """flash_attention_packed, causal, for contiguous qkv [B, T, 3C] of one dtype on one device, each launch Bound.
 
     padded: whether kv_start or kv_end is given. Tensors are torch's own, at multiples of 16 bytes.
+    partial: the shapes [K, P, N], one behind the other from partial_at on, of what backward leaves in its scratch for
+    kernels/rows.py to add up: the gradient of the projection's bias.
     """
 
     def __init__(self, B, T, C, num_heads, dtype, scale, dropout_p, padded):
@@ -109,11 +111,18 @@ class PackedAttention:
         self.backward_is_hopper = can and D in HOPPER_CHOSEN["backward"]
         module, options = (hopper, gluon) if self.forward_is_hopper else (forward, portable)
         self._forward = Bound(module._launch_packed, (B, T, 3 * C), qkv, *options)
+        if self.backward_is_hopper:
+            handed = hopper_backward.stats_size(B, num_heads, T)
+            dq_rows, dkdv_rows = hopper_backward.partial_rows(D, T)
+        else:
+            handed = B * num_heads * T
+            dq_rows, dkdv_rows = backward.partial_rows(dtype, D, T, dropout_p != 0.0)
+        self.partial = (1, B * dq_rows, C), (1, B * dkdv_rows, 2 * C)
+        self.partial_at = -(-handed // 4) * 4  # a multiple of 16 bytes
         module, options = (hopper_backward, gluon) if self.backward_is_hopper else (backward, portable)
-        self._dq = Bound(module._launch_packed_dq, (B, T, 3 * C), qkv, rows, rows, *options)
-        self._dkdv = Bound(module._launch_packed_dkdv, (B, T, 3 * C), qkv, rows, rows, *options)
-        # How many fp32 numbers backward's first kernel hands to the second.
-        self.handed = hopper_backward.stats_size(B, num_heads, T) if self.backward_is_hopper else B * num_heads * T
+        dkdv_at = self.partial_at + B * dq_rows * C
+        self._dq = Bound(module._launch_packed_dq, (B, T, 3 * C), qkv, rows, rows, *options, self.partial_at)
+        self._dkdv = Bound(module._launch_packed_dkdv, (B, T, 3 * C), qkv, rows, rows, *options, dkdv_at)
 
     def forward(self, place, qkv, o, lse, kv_start, kv_end, seed):
         """Writes o [B, T, C], and lse [B, H, T] at the beginning of a tensor."""
@@ -122,14 +131,14 @@ class PackedAttention:
         else:
             self._forward(place, qkv, qkv, qkv, o, lse, kv_start, kv_end, None, seed)
 
-    def backward(self, place, do, qkv, o, lse, between, kv_start, kv_end, seed):
-        """dqkv [B, T, 3C]; between: overwritten, fp32, at least `handed`."""
+    def backward(self, place, do, qkv, o, lse, scratch, kv_start, kv_end, seed):
+        """dqkv [B, T, 3C]. scratch: fp32, overwritten to the end of the partial sums."""
         dqkv = torch.empty_like(qkv)
         if self.backward_is_hopper:
-            self._dq(place, qkv, qkv, qkv, do, o, do, dqkv, lse, between, None)
-            self._dkdv(place, qkv, qkv, qkv, do, dqkv, dqkv, between, None)
+            self._dq(place, qkv, qkv, qkv, do, o, do, dqkv, lse, scratch, None, scratch)
+            self._dkdv(place, qkv, qkv, qkv, do, dqkv, dqkv, scratch, None, scratch)
         else:
-            tail = lse, between, kv_start, kv_end, None, seed
+            tail = lse, scratch, kv_start, kv_end, None, seed, scratch
             self._dq(place, qkv, qkv, qkv, o, do, dqkv, *tail)
             self._dkdv(place, qkv, qkv, qkv, do, dqkv, dqkv, *tail)
         return dqkv

@@ -76,6 +76,15 @@ def _left(x, like, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _store_sums(partial_ptr, rows, first, T, dtype: gl.constexpr, program, column, width):
+    """tiles._store_sums of an accumulator [64, HEAD_DIM], the rows from `first` on: those below T."""
+    below = first + gl.arange(0, rows.shape[0], layout=gl.SliceLayout(1, rows.type.layout)) < T
+    sums = gl.sum(gl.where(below[:, None], rows.to(dtype).to(gl.float32), 0.0), 0)  # [HEAD_DIM]
+    offs_d = gl.arange(0, rows.shape[1], layout=gl.SliceLayout(0, rows.type.layout))
+    gl.store(partial_ptr + program * width + column + offs_d, sums)
+
+
+@gluon.jit
 def _attention_dq_hopper_kernel(
     q_desc,  # [B, H, T_q, HEAD_DIM] in tiles [1, 1, BLOCK_M, HEAD_DIM]
     k_desc,  # [B, H, T_k, HEAD_DIM] in tiles [1, 1, BLOCK_N, HEAD_DIM]
@@ -87,6 +96,7 @@ def _attention_dq_hopper_kernel(
     lse_ptr,  # [B, H, T_q] fp32, log2 units
     stats_ptr,  # [B, H, 2, T_pad] fp32: -lse and delta, for the other kernel
     q_start_ptr,  # [B] int32 or None
+    partial_ptr,  # [B tiles, H HEAD_DIM] fp32 or None: the sums of dq over the rows of each tile
     stride_ob,
     stride_oh,
     stride_ot,
@@ -200,7 +210,11 @@ def _attention_dq_hopper_kernel(
 
     k = _matrix(k_slots, (tiles - 1) % SLOTS, BLOCK_N, HEAD_DIM)
     dq = warpgroup_mma_wait(0, deps=(warpgroup_mma(ds, k, dq, is_async=True),))
-    _store_rows(dq_ptr + b * stride_dqb + h * stride_dqh, dq * scale, m, T_q, stride_dqt, dtype)
+    dq *= scale
+    _store_rows(dq_ptr + b * stride_dqb + h * stride_dqh, dq, m, T_q, stride_dqt, dtype)
+    if partial_ptr is not None:
+        program = b * gl.cdiv(T_q, BLOCK_M) + tile
+        _store_sums(partial_ptr, dq, m, T_q, dtype, program, h * HEAD_DIM, H * HEAD_DIM)
 
 
 @gluon.jit
@@ -213,6 +227,7 @@ def _attention_dkdv_hopper_kernel(
     dv_ptr,  # [B, H, T_k, HEAD_DIM]
     stats_ptr,  # [B, H, 2, T_pad] fp32: -lse in log2 units, and delta
     q_start_ptr,  # [B] int32 or None
+    partial_ptr,  # [B tiles, 2 H HEAD_DIM] fp32 or None: those of dk, and behind them those of dv
     stride_dkb,
     stride_dkh,
     stride_dkt,
@@ -328,7 +343,12 @@ def _attention_dkdv_hopper_kernel(
     # For both: what is stored is exchanged in shared memory that Triton takes from the slots, which dk may still read.
     dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
     _store_rows(dv_ptr + b * stride_dvb + h * stride_dvh, dv, n, T_k, stride_dvt, dtype)
-    _store_rows(dk_ptr + b * stride_dkb + h * stride_dkh, dk * scale, n, T_k, stride_dkt, dtype)
+    dk *= scale
+    _store_rows(dk_ptr + b * stride_dkb + h * stride_dkh, dk, n, T_k, stride_dkt, dtype)
+    if partial_ptr is not None:
+        program = b * gl.cdiv(T_k, BLOCK_N) + tile
+        _store_sums(partial_ptr, dk, n, T_k, dtype, program, h * HEAD_DIM, 2 * H * HEAD_DIM)
+        _store_sums(partial_ptr, dv, n, T_k, dtype, program, (H + h) * HEAD_DIM, 2 * H * HEAD_DIM)
 
 
 def _plan(direction, shape, T_k, stored, scale, causal, q, k, v, do, dtype, has_q_start, offsets):
@@ -374,13 +394,19 @@ def _dkdv_plan(shape, T_k, q, k, v, o, do, dq, dk, dv, dtype, scale, causal, has
 
 _launch_dq = Launcher(_attention_dq_hopper_kernel, _dq_plan)
 _launch_dkdv = Launcher(_attention_dkdv_hopper_kernel, _dkdv_plan)
-_launch_packed_dq = Launcher(_attention_dq_hopper_kernel, _packed(_dq_plan, {1: 1, 2: 2}))
-_launch_packed_dkdv = Launcher(_attention_dkdv_hopper_kernel, _packed(_dkdv_plan, {1: 1, 2: 2, 4: 1, 5: 2}))
+_launch_packed_dq = Launcher(_attention_dq_hopper_kernel, _packed(_dq_plan, {1: 1, 2: 2}, 10))
+_launch_packed_dkdv = Launcher(_attention_dkdv_hopper_kernel, _packed(_dkdv_plan, {1: 1, 2: 2, 4: 1, 5: 2}, 8))
 
 
 def stats_size(B, H, T_q):
     """How many fp32 numbers the first kernel hands on to the second: [B, H, 2, T_pad]."""
     return B * H * 2 * _padded(T_q)
+
+
+def partial_rows(head_dim, T):
+    """As backward.partial_rows."""
+    dq, dkdv = (hopper_config(direction, head_dim, T) for direction in ("dq", "dkdv"))
+    return triton.cdiv(T, dq.BLOCK_M), triton.cdiv(T, dkdv.BLOCK_N)
 
 
 def _launch_hopper_backward(do, q, k, v, o, lse, dq, dk, dv, options):
@@ -389,8 +415,8 @@ def _launch_hopper_backward(do, q, k, v, o, lse, dq, dk, dv, options):
         stats = lse.new_empty(stats_size(*lse.shape))
         strides = [x.stride() for x in (q, k, v, o, do, dq, dk, dv)]
         key = (q.shape, k.shape[2], *strides, q.dtype, options.scale, options.causal, options.q_start is not None)
-        _launch_dq((q, k, v, do, o, do, dq, lse, stats, options.q_start), *key)
-        _launch_dkdv((q, k, v, do, dk, dv, stats, options.q_start), *key)
+        _launch_dq((q, k, v, do, o, do, dq, lse, stats, options.q_start, None), *key)
+        _launch_dkdv((q, k, v, do, dk, dv, stats, options.q_start, None), *key)
     else:
         dk.zero_()  # no query at all, but there may be keys
         dv.zero_()
@@ -403,7 +429,7 @@ def _launch_packed_hopper_backward(do, qkv, o, lse, num_heads, options):
     if shape[0] and shape[1]:
         stats = lse.new_empty(stats_size(*lse.shape))
         numbers = qkv.dtype, options.scale, options.causal, options.q_start is not None
-        key = (shape, qkv.stride(), o.stride(), do.stride(), num_heads, *numbers)
-        _launch_packed_dq((qkv, qkv, qkv, do, o, do, dqkv, lse, stats, options.q_start), *key)
-        _launch_packed_dkdv((qkv, qkv, qkv, do, dqkv, dqkv, stats, options.q_start), *key)
+        key = (shape, qkv.stride(), o.stride(), do.stride(), num_heads, *numbers, 0)
+        _launch_packed_dq((qkv, qkv, qkv, do, o, do, dqkv, lse, stats, options.q_start, None), *key)
+        _launch_packed_dkdv((qkv, qkv, qkv, do, dqkv, dqkv, stats, options.q_start, None), *key)
     return dqkv

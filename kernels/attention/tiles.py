@@ -90,6 +90,15 @@ def _store_rows(ptr, rows, offs, stride, inside, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def _store_sums(partial_ptr, rows, dtype: tl.constexpr, program, column, width, HEAD_DIM: tl.constexpr):
+    """Stores the sums over `rows` [n, BLOCK_D], rounded to dtype as they are stored, at partial[program, column:] of
+    rows of `width` fp32 numbers."""
+    offs_d = tl.arange(0, rows.shape[1])
+    sums = tl.sum(rows.to(dtype).to(tl.float32), 0)  # [BLOCK_D]
+    tl.store(partial_ptr + program * width + column + offs_d, sums, mask=offs_d < HEAD_DIM)
+
+
+@triton.jit
 def _visible(offs_m, offs_n, num_keys, diagonal, IS_CAUSAL: tl.constexpr):
     """Which keys offs_n the queries offs_m see, by broadcasting the two: causality and padding are independent."""
     visible = offs_n < num_keys

@@ -16,16 +16,16 @@ With x the residual stream [M, C] of M = B T rows, y = ln_1(x), and next the nor
 
 Module by module the host spends more on Python, the dispatcher and autograd's nodes than on launches. Here are the same
 launches in the same order, on the same values, so results and gradients have the bits that the modules give, dropout's
-seeds too, but for two gradients: dbp and dbm are sums over the rows that a norm's backward has just computed, and are
-taken there, in fp32, where modules leave them to a pass of PyTorch's over d (27 us each on an H100, 24 a step of GPT-2
-124M). The order differs; ours err no more (tests/model/test_block.py), and under autocast less: theirs are rounded to
-two bytes before autograd makes fp32 of them. A module cannot do the same: its bias is added on the other side of a
-boundary at which anybody may look.
+seeds too, but for three gradients: dbp, dbm and dba are sums over the rows that a norm's or attention's backward has
+just computed, and are taken there, in fp32, where modules leave them to a pass of PyTorch's over d or dqkv (27 us each
+on an H100 for d, 24 a step of GPT-2 124M). The order differs; ours err no more (tests/model/test_block.py), and under
+autocast less: theirs are rounded to two bytes before autograd makes fp32 of them. A module cannot do the same: its bias
+is added on the other side of a boundary at which anybody may look.
 
 Saved are y, qkv, o, y2, x2, h, g, x3 (17 C a row) and the statistics, as the modules save them.
 
 Under autocast x and the weights are fp32 and all else is of autocast's dtype. The gradients of matrices are then the
-fp32 sums of their products, which modules round to two bytes first; that of ba autograd casts.
+fp32 sums of their products, which modules round to two bytes first.
 
 Each launch is worked out once for a geometry and bound. Who must see a module or an operation gets it: blocks.py.
 """
@@ -87,16 +87,34 @@ class Launches:
         self.gelu = Bound(_launch_gelu, M, N, N)
 
         programs = min(PARTIAL_ROWS, -(-M // GELU_TILE.BLOCK_M))
-        groups = [(3, _programs(M, C), C), (1, programs, N), (3, _programs(M, C), C)]  # of partial sums: [K, P, N] each
-        places = list(accumulate((K * P * N for K, P, N in groups), initial=_aligned(self.attention.handed)))
+        norm = (3, _programs(M, C), C)
+        groups = [*self.attention.partial, norm, (1, programs, N), norm]  # partial sums: [K, P, N] each
+        places = list(accumulate((K * P * N for K, P, N in groups), initial=self.attention.partial_at))
         self.scratch = places[-1]
-        self.dnorm3 = _NormBackward(M, C, C, mlp_p, stats3_at, places[0])
-        self.dnorm3_alone = _NormBackward(M, C, 0, mlp_p, stats3_at, places[0])  # where nobody but the norm used x3
-        self.dgelu = Bound(_launch_gelu_backward, M, N, N, N, programs, places[1])
-        self.dnorm2 = _NormBackward(M, C, C, resid_p, stats2_at, places[2])
-        # By how many groups backward fills: the launch that adds them up, and how long the vectors are.
-        self.sums = [Bound(_launch_column_sums, places[0], *groups[:reached]) for reached in range(4)]
-        self.lengths = [[N for K, _, N in groups[:reached] for _ in range(K)] for reached in range(4)]
+        self.dnorm3 = _NormBackward(M, C, C, mlp_p, stats3_at, places[2])
+        self.dnorm3_alone = _NormBackward(M, C, 0, mlp_p, stats3_at, places[2])  # where nobody but the norm used x3
+        self.dgelu = Bound(_launch_gelu_backward, M, N, N, N, programs, places[3])
+        self.dnorm2 = _NormBackward(M, C, C, resid_p, stats2_at, places[4])
+        # By how far backward goes: behind norm3, gelu, norm2, attention. The numbers are those of the weights.
+        vectors = [(10, C), (11, C), (9, C), (7, N), (4, C), (5, C), (3, C)]  # w3, b3, bm; bf; w2, b2, bp
+        self.sums = [_Sums(places[2], groups[2 : 2 + i], vectors[:n]) for i, n in ((1, 3), (2, 4), (3, 7))]
+        self.sums.append(_Sums(places[0], groups, [(1, 3 * C), *vectors]))
+
+
+class _Sums:
+    """The gradients of vectors [(which of the weights, length)], from groups of partial sums that begin at `first`."""
+
+    def __init__(self, first, groups, vectors):
+        self.launch = Bound(_launch_column_sums, first, *groups)
+        self.which, self.lengths = zip(*vectors)
+        self.size = sum(self.lengths)
+
+    def __call__(self, place, scratch, dtype, grads):
+        """Writes them into the list grads."""
+        sums = scratch.new_empty(self.size, dtype=dtype)
+        self.launch(place, scratch, sums)
+        for i, part in zip(self.which, sums.split_with_sizes(self.lengths)):
+            grads[i] = part
 
 
 def _aligned(size):
@@ -130,7 +148,7 @@ def forward(x, y, weights, numbers, launches, attend, saved):
     Wa, ba, Wp, bp, w2, b2, Wf, bf, Wm, bm, w3, b3 = weights
     _, _, _, attn_p, resid_p, mlp_p, _, _ = numbers
     if Wa.dtype is not y.dtype:  # autocast
-        Wa, ba, Wp, bp, Wf, Wm, bm = (w.to(y.dtype) for w in (Wa, ba, Wp, bp, Wf, Wm, bm))
+        Wa, ba, Wp, bp, Wf, Wm, bm = _cast((Wa, ba, Wp, bp, Wf, Wm, bm), y.dtype)
     place = here()
     rows = y.view(-1, y.shape[-1])  # [M, C]
     stats = rows.new_empty(launches.stats, dtype=torch.float32)
@@ -161,6 +179,13 @@ def forward(x, y, weights, numbers, launches, attend, saved):
     if saved is not None:
         saved += (x3, seed)
     return x3, y3
+
+
+def _cast(weights, dtype):
+    """The weights in dtype, in one launch."""
+    results = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(results, weights)
+    return results
 
 
 def _linear_backward(d, x, weight, dtype, needs_x, needs_weight):
@@ -221,16 +246,8 @@ class BlockFunction(torch.autograd.Function):
             dx = torch.empty_like(x2)
             d = launches.dnorm2(place, d, dx2, x2, w2, stats, resid_seed, dx, scratch)
             d, grads[2] = _linear_backward(d, o, Wp, dtypes[2], needs_qkv, needs[2])
-        groups = 1 + needs_gelu + needs_ln_2
-        sums = stats.new_empty(sum(launches.lengths[groups]), dtype=launches.vectors)
-        launches.sums[groups](place, scratch, sums)
-        for i, part in zip(_SUMMED, sums.split_with_sizes(launches.lengths[groups])):
-            grads[i] = part
         if needs_qkv:
             dqkv = launches.attention.backward(place, d, qkv, o, stats, scratch, kv_start, kv_end, attn_seed)
-            grads[1] = dqkv.sum(0, dtype=dqkv.dtype) if needs[1] else None  # autocast sums to fp32
             d, grads[0] = _linear_backward(dqkv, y, Wa, dtypes[0], needs_y, needs[0])
+        launches.sums[needs_gelu + needs_ln_2 + needs_qkv](place, scratch, launches.vectors, grads)
         return dx.view(x3.shape) if needs_x else None, d.view(x3.shape) if needs_y else None, None, None, None, *grads
-
-
-_SUMMED = 10, 11, 9, 7, 4, 5, 3  # which weights the sums are gradients of: w3, b3, bm; bf; w2, b2, bp

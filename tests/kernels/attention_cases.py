@@ -1,10 +1,14 @@
 """Inputs for the tests of attention, and the comparison that they share."""
 
+from itertools import accumulate
+
 import numerics
 import torch
 
 from kernels import flash_attention, reference
+from kernels.attention.choice import PackedAttention
 from kernels.checks import INTERPRETED
+from kernels.launch import here
 
 
 def heads(B, H, T, D, dtype, device):
@@ -55,6 +59,23 @@ def terms(q, k, v, do=None, **options):
         found += [flow @ k.abs(), flow.transpose(-2, -1) @ q.abs(), scores.transpose(-2, -1) @ do.abs()]
     chain = q.shape[-1] ** 0.5 / 4 if chained else 1.0  # sqrt(D) u, in the floor's two units of 2 u
     return [(chain * term,) for term in found]
+
+
+def check_partial_sums(dtype, device, head_dim, **options):
+    """What PackedAttention's backward leaves to be added up, for a ragged length: the sums over rows of dqkv."""
+    B, T, H = 2, 70, 2
+    C = H * head_dim
+    packed = PackedAttention(B, T, C, H, dtype, head_dim**-0.5, 0.0, False)
+    qkv, o, do = (torch.randn(B * T, width).to(device, dtype) for width in (3 * C, C, C))
+    lse = torch.full((B * H * T,), 4.0, device=device)
+    ends = list(accumulate((P * N for _, P, N in packed.partial), initial=packed.partial_at))
+    scratch = torch.full((ends[-1],), torch.nan, device=device)
+    dqkv = packed.backward(here(), do, qkv, o, lse, scratch, None, None, None)
+    parts = [scratch[i:j].view(P, N) for i, j, (_, P, N) in zip(ends, ends[1:], packed.partial)]
+    sums = torch.cat([part.double().sum(0) for part in parts])
+    torch.testing.assert_close(
+        sums, dqkv.double().sum(0), rtol=0.0, atol=1e-6 * float(dqkv.double().abs().sum(0).max())
+    )
 
 
 def check_against_oracle(q, k, v, do, **options):

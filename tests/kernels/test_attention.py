@@ -8,7 +8,7 @@ import numerics
 import pytest
 import torch
 import triton
-from attention_cases import bounds, check_against_oracle, inputs, with_gradients
+from attention_cases import bounds, check_against_oracle, check_partial_sums, inputs, with_gradients
 from lanes import across_lanes
 from torch.library import opcheck
 
@@ -238,6 +238,11 @@ def test_packed_equals_separate(lane, dtype):
     o, *gradients = with_gradients(flash_attention, q, k, v, do.view(2, 37, 2, 40).transpose(1, 2))
     assert torch.equal(packed, o.transpose(1, 2).reshape(2, 37, 80))
     assert torch.equal(dqkv, torch.stack(gradients).permute(1, 3, 0, 2, 4).reshape(2, 37, 240))
+
+
+@a_host_property
+def test_the_gradients_sums_over_rows_are_left_to_be_added_up(lane, dtype):
+    check_partial_sums(dtype, lane.device, 40)
 
 
 @a_host_property

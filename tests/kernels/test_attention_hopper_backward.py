@@ -6,7 +6,7 @@ import compiling
 import numerics
 import pytest
 import torch
-from attention_cases import inputs, with_gradients
+from attention_cases import check_partial_sums, inputs, with_gradients
 from hopper import kept_binaries, long_rows, on_hopper
 
 from bench.lib.sass import _tool, inspect
@@ -160,6 +160,12 @@ def test_packed_and_separate_tensors_and_any_batch_give_the_same_bits():
     assert torch.equal(packed[1:], one)
     for found, expected in zip(separate, split_heads(packed, 2)):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.simulate
+def test_the_gradients_sums_over_rows_are_left_to_be_added_up():
+    with simulate("sm_90"):
+        check_partial_sums(BF16, "cpu", 64)
 
 
 def _packed(qkv, dy):

@@ -1,12 +1,13 @@
 """A block as one list of launches: the bits of the modules, and the modules wherever somebody looks on.
 
-The gradients of two biases, c_proj's, are sums over rows: PyTorch takes them in a pass of its own, we in the kernel
-that computes the rows, in another order. Ours may err there as much as PyTorch's, against the sum in float64 of those
-rows. Under autocast the gradients of matrices are ours in fp32; rounded to two bytes they are PyTorch's.
+The gradients of three biases, c_attn's and c_proj's, are sums over rows: PyTorch takes them in a pass of its own, we in
+the kernel that computes the rows, in another order. Ours may err there as much as PyTorch's, against the sum in float64
+of those rows. Under autocast the gradients of matrices are ours in fp32; rounded to two bytes they are PyTorch's.
 """
 
 import dataclasses
 import importlib
+import itertools
 from contextlib import nullcontext
 from functools import partial
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import configs
 from kernels.launch import forget
-from model import GPT2, GPT2Config
+from model import GPT2, GPT2Config, gpt2
 from model.cache import KVCache
 from model.inputs import Padding
 from model.layers import block, ops
@@ -68,20 +69,30 @@ def step(model, ids, **options):
     return {"logits": output.logits, "loss": output.loss, **grads} | dict(enumerate(output.hidden_states))
 
 
-def gradients_of_updates(patch):
-    """{name of c_proj's bias: the gradient [B, T, C] of c_proj's output}, filled in where modules go backward."""
-    received, names = {}, []
-    add_layer_norm = ops.fused_add_layer_norm
+def gradients_of_projections(patch):
+    """{name of the bias of c_attn and either c_proj: the gradient [B, T, :] of that projection's result}, filled in
+    where modules go backward."""
+    received = {}
+    for module, name, projections in (
+        (gpt2, "self_attention", ["attn.c_attn"]),
+        (ops, "fused_add_layer_norm", ["attn.c_proj", "mlp.c_proj"]),
+    ):
+        patch.setattr(module, name, _noting(getattr(module, name), projections, received))
+    return received
+
+
+def _noting(function, projections, received):
+    """function(x, ...), that notes the gradient of x: of the next layer's projections in turn."""
+    calls = itertools.count()
 
     def noted(x, *arguments, **options):
-        name = f"transformer.h.{len(names) // 2}.{('attn', 'mlp')[len(names) % 2]}.c_proj.bias"
-        names.append(name)
+        layer, which = divmod(next(calls), len(projections))
         if x.requires_grad:
+            name = f"transformer.h.{layer}.{projections[which]}.bias"
             x.register_hook(lambda d: received.update({name: d}))
-        return add_layer_norm(x, *arguments, **options)
+        return function(x, *arguments, **options)
 
-    patch.setattr(ops, "fused_add_layer_norm", noted)
-    return received
+    return noted
 
 
 MATRICES = ("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")
@@ -112,7 +123,7 @@ def both(model, ids, taken, monkeypatch, run=step, products=None, **options):
     count = len(taken)
     with monkeypatch.context() as patch:
         module_by_module(patch)
-        summed = gradients_of_updates(patch)
+        summed = gradients_of_projections(patch)
         plain = run(model, ids, **options)
     assert len(taken) == count
     assert_same_bits(whole, plain, summed, products)
