@@ -18,7 +18,7 @@ from model.generation.rounded import rounded
 from model.generation.settings import Settings
 from model.layers.onednn import using
 from model.training.captured import CapturedGradients
-from model.training.optimizer import adamw
+from model.training.optimizer import adamw, clip_gradients
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
 COMPILED = "sdpa-compiled"  # our module on PyTorch's own operations, for inductor to fuse; of a training step alone
@@ -132,7 +132,7 @@ class Provider:
                 loss_of(ids).backward()
             else:
                 captured(ids)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_gradients(model.parameters(), optimizer, 1.0)
             optimizer.step()
             if captured is None:
                 optimizer.zero_grad(set_to_none=True)

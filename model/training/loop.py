@@ -35,7 +35,7 @@ from model.training.captured import CapturedGradients
 from model.training.captured import refusal as cannot_capture
 from model.training.data import Batches, Tokens
 from model.training.log import Log, bar
-from model.training.optimizer import adamw, flops_per_token, learning_rate, peak_flops
+from model.training.optimizer import adamw, clip_gradients, flops_per_token, learning_rate, peak_flops
 from model.training.precision import Held
 from model.training.processes import Processes
 from model.training.state import (
@@ -305,7 +305,8 @@ class Training:
             with nullcontext() if is_last else processes.without_averaging(self.parallel):
                 total += self._add_gradients(ids)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
+        scaled = self.scaler.is_enabled()
+        norm = clip_gradients(self.model.parameters(), self.optimizer, settings.clip, scaled=scaled)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss, norm = float(processes.mean(total)), float(norm)
         if not math.isfinite(loss):

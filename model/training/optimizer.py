@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from kernels.checks import check_number
 from model.config import brief
@@ -30,6 +31,23 @@ def adamw(model, *, lr, weight_decay=0.1, betas=(0.9, 0.95), function="adamw"):
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+
+
+def clip_gradients(parameters, optimizer, most, *, scaled=False):
+    """The norm of the parameters' gradients, which the optimizer's next step takes cut to a norm of `most`, if not 0.
+
+    A fused optimizer divides by its `grad_scale` what it reads, and writes that back: clip_grad_norm_ before it would
+    read all gradients once more. It is clip_grad_norm_ where the optimizer is not fused, for DTensors, of which a fused
+    one takes no plain factor, and where the step is a GradScaler's (scaled), which has the attribute to itself.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.grad_scale = None
+    if most and optimizer.defaults["fused"] and not scaled and not isinstance(norm, DTensor):
+        optimizer.grad_scale = ((norm + 1e-6) / most).clamp_(min=1.0)
+    elif most:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def learning_rate(step, *, lr, warmup, steps, least):

@@ -17,13 +17,14 @@ import torch
 from lanes import across_lanes
 from optional import transformers
 from peers import their_config
+from torch.profiler import ProfilerActivity, profile
 from training_run import SETTINGS, build, start
 
 from model import GPT2
 from model.training.data import Batches, Tokens
 from model.training.log import read_log
 from model.training.loop import Settings
-from model.training.optimizer import adamw, flops_per_token, learning_rate
+from model.training.optimizer import adamw, clip_gradients, flops_per_token, learning_rate
 from model.training.tensor_parallel import split_by_heads
 from tokenizer.shards import write_shard
 
@@ -114,6 +115,31 @@ class TestTheOptimizer:
         assert all("ln_" in named[id(p)] or named[id(p)].endswith("bias") for p in keeps["params"])
         assert sum(p.numel() for group in (decays, keeps) for p in group["params"]) == model.num_parameters()
         assert (decays["weight_decay"], keeps["weight_decay"]) == (0.1, 0.0)
+
+    @pytest.mark.parametrize("case", ["fused", "fused, below", "fused, scaled", "not fused", "no clipping"])
+    def test_gradients_are_clipped_in_the_optimizers_own_pass(self, case):
+        """Weights, moments and gradients as after clip_grad_norm_, and no pass over the gradients but the norm's."""
+        most = {"fused, below": 1e6, "no clipping": 0.0}.get(case, 0.5)
+        ours, theirs = build(), build()
+        optimizers = [adamw(model, lr=1e-2) for model in (ours, theirs)]
+        if case == "not fused":
+            optimizers = [torch.optim.AdamW(model.parameters(), fused=False) for model in (ours, theirs)]
+        for seed in range(3):
+            for model in (ours, theirs):
+                torch.manual_seed(seed)
+                for p in model.parameters():
+                    p.grad = torch.randn_like(p)
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                norm = clip_gradients(ours.parameters(), optimizers[0], most, scaled="scaled" in case)
+            names = [event.key for event in recorded.key_averages()]
+            assert ("aten::_foreach_mul_" in names) == (case in ("fused, scaled", "not fused")), names
+            expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), most or math.inf)
+            assert torch.equal(norm, expected)
+            for optimizer in optimizers:
+                optimizer.step()
+            for a, b in zip(ours.parameters(), theirs.parameters()):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0.0)
 
     def test_the_flops_of_gpt2(self):
         """llm.c and nanoGPT count 124M parameters without positions: 6 x 123.7e6 + 12 x 12 x 768 x 1024."""
