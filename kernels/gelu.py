@@ -26,6 +26,7 @@ from kernels.reference import SQRT_2_OVER_PI
 from kernels.rows import (
     PARTIAL_ROWS,
     _store_partial,
+    _sum_of_rows,
     as_rows,
     check_vector,
     column_sums,
@@ -114,7 +115,7 @@ def _gelu_backward_kernel(
         tl.store(dx_ptr + rows * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dbias += dx
     if bias_ptr is not None:
-        _store_partial(partial_ptr, tl.sum(dbias, 0), 0, p, tl.num_programs(0), offs_n, N)  # [BLOCK_N]
+        _store_partial(partial_ptr, _sum_of_rows(dbias), 0, p, tl.num_programs(0), offs_n, N)  # [BLOCK_N]
 
 
 _CONSTANTS = {

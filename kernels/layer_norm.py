@@ -50,6 +50,7 @@ from kernels.rows import (
     _load_vector_tile,
     _store_partial,
     _store_tile,
+    _sum_of_rows,
     as_rows,
     check_vector,
     column_sums,
@@ -224,10 +225,10 @@ def _layer_norm_backward_kernel(
     if SUMS:
         for i in tl.static_range(COLUMN_TILES):
             offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            _store_partial(partial_ptr, tl.sum(dweight[i], 0), 0, pid, tl.num_programs(0), offs_n, N)
-            _store_partial(partial_ptr, tl.sum(dbias[i], 0), 1, pid, tl.num_programs(0), offs_n, N)
+            _store_partial(partial_ptr, _sum_of_rows(dweight[i]), 0, pid, tl.num_programs(0), offs_n, N)
+            _store_partial(partial_ptr, _sum_of_rows(dbias[i]), 1, pid, tl.num_programs(0), offs_n, N)
             if SUM_D:
-                _store_partial(partial_ptr, tl.sum(sum_d[i], 0), 2, pid, tl.num_programs(0), offs_n, N)
+                _store_partial(partial_ptr, _sum_of_rows(sum_d[i]), 2, pid, tl.num_programs(0), offs_n, N)
 
 
 @triton.jit

@@ -57,6 +57,27 @@ def _load_vector_tile(ptr, i: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
+def _sum_of_rows(tile):
+    """tl.sum(tile, 0) for [1, n], [2, n] or [4 k, n], which reduces without conflicts in shared memory.
+
+    Rows that several warps hold are exchanged as a change of layout, whose accesses spread over all banks, where those
+    of a reduction's do not. Of four warps a thread has every fourth row, and adds its own first.
+    """
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    if M > 4:
+        tile = tl.sum(tl.reshape(tile, [M // 4, 4, N]), 0)
+    if M >= 4:
+        first, second = tl.split(tl.reshape(tl.trans(tile), [N, 2, 2]))
+        first, second = tl.split(first + second)
+        return first + second
+    if M == 2:
+        first, second = tl.split(tl.trans(tile))
+        return first + second
+    return tl.sum(tile, 0)
+
+
+@triton.jit
 def _store_partial(partial_ptr, sums, k, p, P, offs_n, N):
     """Stores sums [len(offs_n)] of program p as partial[k, p, offs_n] of a [K, P, N] tensor."""
     tl.store(partial_ptr + (tl.cast(k, tl.int64) * P + p) * N + offs_n, sums, mask=offs_n < N)
@@ -73,7 +94,7 @@ def _column_sums(partial_ptr, sums_ptr, program, P, N, BLOCK_P: tl.constexpr, BL
         offs_p = p + tl.arange(0, BLOCK_P)
         mask = (offs_p < P)[:, None] & (offs_n < N)[None, :]
         acc += tl.load(partial_ptr + (k * P + offs_p)[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
-    sums = tl.sum(acc, 0).to(sums_ptr.dtype.element_ty)
+    sums = _sum_of_rows(acc).to(sums_ptr.dtype.element_ty)
     tl.store(sums_ptr + k * N + offs_n, sums, mask=offs_n < N)
 
 
@@ -121,7 +142,7 @@ def _column_sums_plan(first, *groups):
     """first: the element of the partial sums at which they begin; groups: (K, P, N)."""
     programs = sum(K * triton.cdiv(N, 32) for K, _, N in groups)
     numbers = [number for group in groups for number in group] + [0] * (3 * (MOST_GROUPS - len(groups)))
-    options = {"GROUPS": len(groups), "BLOCK_P": 128, "BLOCK_N": 32, "num_warps": 4}
+    options = {"GROUPS": len(groups), "BLOCK_P": 64, "BLOCK_N": 32, "num_warps": 4}
     return (programs,), numbers, options, {0: first} if first else {}
 
 
