@@ -187,11 +187,14 @@ class TestTheStep:
         """The tokens of the ordinary step, ragged, over two capacities, in five launches a layer or one a token."""
         if lane.device == "cpu":
             monkeypatch.setattr(persistent, "PROGRAMS", 2)
+            monkeypatch.setattr(persistent, "BYTES", 4)
             monkeypatch.setattr(graph_module, "DEVICES", ("cpu",))
             monkeypatch.setattr(graph_module, "capture", Again)
         model = GPT2(tiny_config(n_layer=1), attn_implementation="triton", kernel_implementation="triton")
         model = spread(model, TALKATIVE).eval().to(lane.device)
-        assert_says_the_same(model, PROMPTS, max_new_tokens=5, decode_kernel=kernel)
+        graphed = assert_says_the_same(model, PROMPTS, max_new_tokens=5, decode_kernel=kernel)
+        by_itself = say(model, PROMPTS, max_new_tokens=5, decode_kernel=kernel, output_scores=False)
+        assert torch.equal(by_itself.sequences, graphed.sequences)
         assert [key[-1] for key in model._graphs.kept] == [Kind(True, persistent=kernel == "persistent")] * 2
 
     @across_lanes(lanes=("sm_80", "sm_90", "gpu"))
