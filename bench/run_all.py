@@ -134,18 +134,24 @@ def main(argv=None):
         return visit(args, work, environment, outcomes, began)
 
 
+def share_of(minutes):
+    """What a visit of so many minutes has for its stages, as a share of what one of nine has."""
+    return (60 * minutes - RESERVE_S) / (60 * 9 - RESERVE_S)
+
+
 def visit(args, work, environment, outcomes, began):
     """Runs the stages and leaves the report; the exit code."""
     todo = [stage for stage in STAGES if stage.name in (args.only or NAMES)]
     if args.resume:
         todo = [stage for stage in todo if stage.name not in outcomes or outcomes[stage.name].status != OK]
+    patience = PATIENCE if args.rehearse else 1
     about = Visit(
         work,
-        deadline=began + args.minutes * 60 - RESERVE_S,
+        deadline=began + patience * (args.minutes * 60 - RESERVE_S),
         quick=args.quick,
         resume=args.resume is not None,
         stand_in=args.rehearse,
-        share=args.minutes / 9 * (PATIENCE if args.rehearse else 1),
+        share=share_of(args.minutes) * patience,
         commit=args.commit,
         workers=1 if args.rehearse else max(1, min(16, len(os.sched_getaffinity(0)))),
         names=tuple(stage.name for stage in todo),

@@ -16,14 +16,13 @@ from bench.lib.record import DEVICE_LOST, INTERRUPTED, ROOT
 
 OK, NO_TIME = "ok", "not begun: no time was left"
 GRACE_S = 8.0  # between the wish to stop, at which a bench saves what it has, and the end
-LEAST_S = 5.0  # with less, a stage is not begun
-FLOOR_S = 15.0  # no stage's limit is lower, however short the visit
+LEAST_S = 3.0  # with less, a stage is not begun
 RESTARTS = 5  # of a bench that has lost the GPU
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of its own: module.main(arguments). limit_s: what it may take of a visit of nine minutes."""
+    """A command of its own: module.main(arguments). limit_s: its part of a visit of nine minutes; all are one visit."""
 
     name: str
     what: str
@@ -70,33 +69,33 @@ MODELS = ("--pair", "transformers-sdpa", "triton", "--size", "gpt2", "--dtype", 
 STEP = ("--providers", "triton", "sdpa", "transformers-sdpa", "--dtype", "bfloat16", "--batch", "4", "16")
 COMPILED_STEP = ("--providers", "triton", "sdpa-compiled", "--dtype", "bfloat16", "--batch", "16")  # 27 s to compile
 STAGES = (
-    Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 50),
-    Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 15),
-    _attention("lengths", "attention over sequence lengths", 45, "--backends", "eager", *SDPA, *OURS),
-    _attention("packed", "attention as the model calls it", 35, "--scenario", "packed", "--backends", *SDPA, *OURS),
-    Stage("optimizer", "a whole step in mixed precision: tokens/s, MFU", "bench.training_sweep", STEP, 40),
-    Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 40),
-    Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 140),
-    Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 80),
+    Stage("compile", "what the stages need, compiled ahead on every core", "bench.compile_ahead", (), 45),
+    Stage("ceilings", "copy, matrix product and launches of this machine", "bench.ceilings", (), 9),
+    _attention("lengths", "attention over sequence lengths", 38, "--backends", "eager", *SDPA, *OURS),
+    _attention("packed", "attention as the model calls it", 22, "--scenario", "packed", "--backends", *SDPA, *OURS),
+    Stage("optimizer", "a whole step in mixed precision: tokens/s, MFU", "bench.training_sweep", STEP, 25),
+    Stage("decoding", "a decode step, T - 1 tokens cached", "bench.model_sweep", (*MODELS, "--mode", "decoding"), 24),
+    Stage("tests", "the gpu tests", "pytest", (*PYTEST, "-m", "gpu"), 126),
+    Stage("transformers", "prefill, decoding, generate() beside transformers", "bench.transformers_sweep", (), 40),
     Stage(
         "pointwise",
         "LayerNorm, GELU, cross-entropy",
         "bench.pointwise_sweep",
         ("--dtype", "bfloat16", "--providers", "eager", "compiled", *LIGER, "triton"),
-        50,
+        36,
     ),
     _attention(
         "scenarios",
-        "attention with a cache, padding, dropout, over head dims",
-        60,
-        *("--scenario", "decode", "padding", "dropout", "head-dims", "--backends", "sdpa", "triton"),
+        "attention with dropout, over head dims, with padding, with a cache",
+        44,
+        *("--scenario", "dropout", "head-dims", "padding", "decode", "--backends", "sdpa", "triton"),
     ),
-    Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 40),
-    Stage("compiled", "a whole step beside our module on SDPA, compiled", "bench.training_sweep", COMPILED_STEP, 75),
+    Stage("training", "a training step", "bench.model_sweep", (*MODELS, "--mode", "training"), 20),
+    Stage("compiled", "a whole step beside our module on SDPA, compiled", "bench.training_sweep", COMPILED_STEP, 36),
     _attention(
         "published",
         "attention at the width of the papers",
-        30,
+        16,
         *("--backends", *SDPA, *OURS, "--mode", "forward"),
         *("--heads", "32", "--seq-lens", "512", "1024", "2048", "4096", "8192", "16384"),
     ),
@@ -104,14 +103,14 @@ STAGES = (
         "tune",
         "a short tuning, nothing rewritten",
         "bench.tune",
-        ("--dry-run", "--head-dims", "64", "--dtype", "bfloat16", "--seq-len", "1024", "--minutes", "0.3"),
-        60,
+        ("--dry-run", "--head-dims", "64", "--dtype", "bfloat16", "--seq-len", "1024", "--minutes", "0.2"),
+        18,
     ),
-    _attention("flex", "flex_attention", 50, "--backends", "flex", "triton", "--seq-lens", "1024", "4096"),
+    _attention("flex", "flex_attention", 16, "--backends", "flex", "triton", "--seq-lens", "1024", "4096"),
     _attention(
         "bf16",
         "attention in bf16",
-        20,
+        10,
         *("--dtype", "bfloat16", "--backends", *SDPA, *OURS, "--seq-lens", "1024", "8192"),
     ),
 )
@@ -136,6 +135,15 @@ class Visit:
     def left(self):
         return self.deadline - time.monotonic()
 
+    def limit(self, stage, following):
+        """Seconds for a stage with others to follow: its part, and, up to as much again, what those before it left.
+
+        Where they took more than their parts, each stage bears of that at most half of its own, so that all get a turn.
+        """
+        part = stage.limit_s * self.share
+        spare = self.left() - sum(later.limit_s for later in following) * self.share
+        return min(max(min(spare, 2 * part), part / 2, LEAST_S), self.left())
+
 
 @dataclass
 class Outcome:
@@ -151,8 +159,8 @@ class Outcome:
 class Running:
     """The process of a stage. It has imported its command, or is about to, and waits for begin()."""
 
-    def __init__(self, stage, visit):
-        self.stage, self.visit = stage, visit
+    def __init__(self, stage, visit, following=()):
+        self.stage, self.visit, self.following = stage, visit, following
         self.out = visit.work / stage.name
         self.out.mkdir(parents=True, exist_ok=True)
         self.outcome = Outcome(stage.name, stage.what, "")
@@ -192,7 +200,7 @@ class Running:
     def run(self, meanwhile=lambda: None):
         """Begins, waits for the end or the limit; the Outcome. meanwhile(): called a few times a second."""
         started = time.monotonic()
-        limit = min(max(self.stage.limit_s * self.visit.share, FLOOR_S), self.visit.left())
+        limit = self.visit.limit(self.stage, self.following)
         outcome = self.outcome = Outcome(self.stage.name, self.stage.what, self.command)
         if limit < LEAST_S:
             self.kill()
@@ -272,8 +280,9 @@ def run(stages, visit, outcomes, after=lambda outcome: None, meanwhile=lambda: N
     running = following = None
     try:
         for i, stage in enumerate(stages):
-            running = following or Running(stage, visit)
-            following = Running(stages[i + 1], visit) if i + 1 < len(stages) and visit.left() > LEAST_S else None
+            running = following or Running(stage, visit, stages[i + 1 :])
+            is_next = i + 1 < len(stages) and visit.left() > LEAST_S
+            following = Running(stages[i + 1], visit, stages[i + 2 :]) if is_next else None
             try:
                 running.run(meanwhile)
             finally:

@@ -36,7 +36,6 @@ def outcomes_of(tmp_path, monkeypatch):
     """Runs stages with little patience: {name: Outcome}."""
     monkeypatch.setattr(stages, "GRACE_S", 0.5)
     monkeypatch.setattr(stages, "LEAST_S", 0.1)
-    monkeypatch.setattr(stages, "FLOOR_S", 0.0)
 
     def outcomes_of(*todo, seconds=60.0):
         outcomes = {}
@@ -47,7 +46,7 @@ def outcomes_of(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_fails_hangs_or_dies_is_a_line_and_the_next_begins(outcomes_of, tmp_path):
-    todo = [faulty("fail"), faulty("hang", 1.5), faulty("deaf", 1.5), faulty("die"), faulty("pass")]
+    todo = [faulty("fail"), faulty("hang", 0.75), faulty("deaf", 0.75), faulty("die"), faulty("pass")]
     outcomes = outcomes_of(*todo)
     assert [outcome.status for outcome in outcomes.values()] == [
         "ended with code 1: ZeroDivisionError: of its own making",
@@ -71,6 +70,20 @@ def test_a_stage_for_which_no_time_is_left_is_not_begun(outcomes_of, tmp_path):
     assert outcomes["hang"].status.startswith("stopped at its limit of ")
     assert outcomes["pass"].status == "not begun: no time was left"
     assert not (tmp_path / "pass" / "log.txt").exists() or not (tmp_path / "pass" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("minutes", [4, 9])
+@pytest.mark.parametrize("takes", [0.5, 1.0, 1.2])
+def test_the_stages_are_one_visit_and_each_gets_its_turn(monkeypatch, tmp_path, minutes, takes):
+    """Whether stages end early, or take all that they are given and some more."""
+    clock = [0.0]
+    monkeypatch.setattr(stages.time, "monotonic", lambda: clock[0])
+    visit = Visit(tmp_path, 60 * minutes - run_all.RESERVE_S, share=run_all.share_of(minutes))
+    assert sum(stage.limit_s for stage in STAGES) <= 9 * 60 - run_all.RESERVE_S
+    for i, stage in enumerate(STAGES):
+        limit = visit.limit(stage, STAGES[i + 1 :])
+        assert limit >= stages.LEAST_S, (stage.name, clock)
+        clock[0] += takes * min(limit, 1.5 * stage.limit_s * visit.share)
 
 
 VISIT = """
