@@ -26,6 +26,8 @@ _TRITON = get_attention("triton")
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _FOURTEEN = [_TENSORS] * 14
 _known = forgotten({})  # Launches by geometry
+# BlockFunction.apply without what it does for torch.func, whose tensors Blocks does not take: 17 arguments to look at.
+_apply = super(torch.autograd.Function, BlockFunction).apply
 # What of tensors it holds, as functions in C: Python's own x.shape takes twice as long.
 _GEOMETRY = (
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device")),
@@ -184,5 +186,5 @@ class Blocks:
         weights: Wa [C, 3C], ba, Wp [C, C], bp, ln_2's two, Wf [C, N], bf, Wm [N, C], bm, the next norm's two.
         """
         if needs_graph(x, y, *weights):
-            return *BlockFunction.apply(x, y, numbers, launches, self.attend, *weights), None
+            return *_apply(x, y, numbers, launches, self.attend, *weights), None
         return *forward(x, y, weights, numbers, launches, self.attend, None), None
