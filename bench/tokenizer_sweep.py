@@ -4,7 +4,8 @@
     python bench/tokenizer_sweep.py --quick
 
 All three use the vocabulary that ships with ours, and must give the same ids before the clock starts. A text is cut at
-line ends into 16 documents (one where it has no lines), `documents`, English, into 3 kB each. `threads` 1 encodes them
+line ends into 16 documents (one where it has no lines), `documents`, English, and `sources`, code, into 3 kB each.
+`threads` 1 encodes them
 in the calling thread, one by one, ours by its batch call; more threads use each library's own batch call, ours a thread
 pool.
 
@@ -13,10 +14,15 @@ nothing; Hugging Face keeps 10,000 words; ours keeps far more, so `adversarial`,
 warm speed only because it is the same text again.
 MB/s counts bytes of UTF-8; megabytes are of 10**6 bytes. `x_tiktoken` is the speed over tiktoken's in the same case.
 
+`prepare` is the whole of `tokenizer.prepare` on `documents` or `sources`, in one process: lines of JSON read, encoded
+and written as shards. tiktoken only encodes the same texts, which lie in memory; `tiktoken-shards` does the whole job
+as a loop would, a document at a time.
+
 `decode` turns the ids of the English text back into text. `start` is a new process's time from the import to the first
 token; the others have no vocabulary of their own offline, so they have no such row.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +30,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import numpy as np
 
 if not __package__:  # run by its path: the checkout is found from there
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,10 +42,13 @@ from bench.lib.gate import OK
 from bench.lib.record import ROOT, Record
 from bench.lib.texts import TEXTS
 from tokenizer import GPT2Tokenizer
+from tokenizer.prepare import prepare
+from tokenizer.shards import read_shard, write_shard
 
 DOCUMENTS = 16
-SHORT = 3000  # characters of one of `documents`
-KINDS = {**TEXTS, "documents": TEXTS["english"]}
+SHORT = 3000  # characters of one of `documents` or `sources`
+MANY = {"documents": TEXTS["english"], "sources": TEXTS["code"]}
+KINDS = {**TEXTS, **MANY}
 MEGABYTES = {"english": 10}
 OTHER_MEGABYTES = 1
 QUICK_MEGABYTES = 0.3
@@ -158,11 +169,13 @@ def text_rows(args, name, providers, rounds):
     """The rows of one text."""
     default = QUICK_MEGABYTES if args.quick else MEGABYTES.get(name, OTHER_MEGABYTES)
     text = KINDS[name](int((args.megabytes or default) * 1e6))
-    documents = cut(text, len(text) // SHORT if name == "documents" else DOCUMENTS)
+    documents = cut(text, len(text) // SHORT if name in MANY else DOCUMENTS)
     reference = providers[1].encode(documents, 1)
     rows = []
     for threads in args.threads:
         rows += encode_rows(name, documents, reference, providers, threads, rounds)
+    if name in MANY:
+        rows += prepare_rows(name, documents, reference, providers, rounds)
     if name == "english":
         rows += decode_rows(name, documents, reference, providers, rounds)
     return rows
@@ -213,6 +226,43 @@ def encode_rows(name, documents, reference, providers, threads, rounds):
                     times[provider.name, state].append(milliseconds(provider.encode, documents, threads))
     shape = {"mode": "encode", "text": name, "threads": threads, **sizes(documents, reference)}
     return rows_of(shape, times, wrong)
+
+
+def prepare_rows(name, documents, reference, providers, rounds):
+    """Rows of `prepare`, of tiktoken's encoding alone, and of tiktoken with all that prepare does."""
+    ours, tiktoken = providers[:2]
+    with TemporaryDirectory() as directory:
+        lines = Path(directory, "documents.jsonl")
+        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+        calls = {
+            "ours": lambda out: prepare([lines], out, ours.tokenizer, validate=0, progress=False),
+            "tiktoken": lambda out: tiktoken.encode(documents, 1),
+            "tiktoken-shards": lambda out: prepare_with_tiktoken(tiktoken.encoding, lines, out),
+        }
+        times = {(caller, "cold"): [] for caller in calls}
+        expected = [id for row in reference for id in (*row, tiktoken.encoding.eot_token)]
+        wrong = set()
+        for turn in range(rounds):
+            for caller, call in calls.items():
+                ours.forget()
+                out = Path(directory, f"{caller}-{turn}")
+                times[caller, "cold"].append(milliseconds(call, out))
+                if caller != "tiktoken" and read_shard(out / "train-000000.bin").tolist() != expected:
+                    wrong.add(caller)
+    shape = {"mode": "prepare", "text": name, "threads": 1, **sizes(documents, reference)}
+    return rows_of(shape, times, wrong)
+
+
+def prepare_with_tiktoken(encoding, lines, out):
+    """The job of `prepare` as a loop: a shard of the documents in lines of JSON."""
+    out.mkdir()
+    rows = []
+    with open(lines, "rb") as file:
+        for line in file:
+            ids = encoding.encode_ordinary(json.loads(line)["text"])
+            rows.append(np.array([*ids, encoding.eot_token], np.uint16))
+    starts = np.cumsum([0, *map(len, rows[:-1])])
+    write_shard(out / "train-000000.bin", np.concatenate(rows), starts)
 
 
 def decode_rows(name, documents, reference, providers, rounds):

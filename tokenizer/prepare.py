@@ -11,6 +11,7 @@ shard ends.
 """
 
 import argparse
+import codecs
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from .shards import LIMIT, shard_paths, whole_file, write_shard
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 SHARD_TOKENS = 50_000_000
-BATCH = 1 << 21  # characters that a process is given at once
+BATCH = 1 << 21  # bytes of text that a process is given at once, or little more
 STATE = "prepare.json"
 INTERRUPTED, LOST = 130, 3
 
@@ -109,7 +110,7 @@ def prepare(sources, out, tokenizer, *, processes=1, validate=100, shard_tokens=
         raise ValueError("prepare: the vocabulary has no <|endoftext|>, which ends a document")
     is_one = validate and len(paths) == 1 and Path(paths[0]).suffix != ".jsonl"
     done = read = state.get("documents", 0)
-    numbered = enumerate(documents(paths))
+    numbered = enumerate(_contents(paths))
     with _bar(sum(asked["bytes"]), progress) as bar:
         for rows, size in _encoded(tokenizer, end[0], _batches(islice(numbered, done, None)), processes):
             for number, row in rows:
@@ -165,23 +166,31 @@ def _standard_library():
 
 def documents(paths):
     """The documents of files, in order. Raises ValueError, with the file and the place, for what is not UTF-8 text."""
+    return map(bytes.decode, _contents(paths))
+
+
+def _contents(paths):
+    """As documents, in UTF-8 (bytes)."""
     for path in paths:
         if path == "-":
-            yield _decoded(sys.stdin.buffer.read(), "standard input")
+            yield _utf8(sys.stdin.buffer.read(), "standard input")
         elif path.suffix == ".jsonl":
             with open(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _text_of(_decoded(line, f"{path}, line {number}"), path, number)
+                        yield _text_of(_utf8(line, f"{path}, line {number}").decode(), path, number)
         else:
-            yield _decoded(path.read_bytes(), path)
+            yield _utf8(path.read_bytes(), path)
 
 
-def _decoded(content, where):
+def _utf8(content, where):
+    """Content (bytes) without its mark of order."""
     try:
-        return content.decode("utf-8-sig")
+        if not content.isascii():
+            content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"prepare: {where} is not UTF-8 (byte {error.start}: {error.reason})") from None
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _text_of(line, path, number):
@@ -192,16 +201,15 @@ def _text_of(line, path, number):
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError(f'prepare: {path}, line {number} must be an object with a string "text"')
     try:
-        value["text"].encode()
+        return value["text"].encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"prepare: {path}, line {number}: character {error.start} of its text is half a surrogate pair"
         ) from None
-    return value["text"]
 
 
 def _batches(numbered):
-    """Lists of (number, text) of about BATCH characters."""
+    """Lists of (number, text) of about BATCH bytes."""
     batch, size = [], 0
     for number, text in numbered:
         batch.append((number, text))
@@ -234,11 +242,11 @@ class _Encoder:
 
     def __call__(self, batch):
         numbers, texts = zip(*batch)
-        ids, counts = self.tokenizer._encode_to_arrays(list(texts))
+        ids, counts = self.tokenizer._encode_to_arrays(texts)
         ends = np.cumsum(counts)
         ids = np.insert(ids.astype(np.uint16), ends, self.end)
         rows = np.split(ids, ends[:-1] + np.arange(1, len(ends)))
-        return list(zip(numbers, rows)), sum(len(text.encode()) for text in texts)
+        return list(zip(numbers, rows)), sum(map(len, texts))
 
 
 _encode_here: "_Encoder"  # of a worker process

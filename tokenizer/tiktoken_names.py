@@ -51,8 +51,10 @@ class TiktokenNames(NamedTokens):
             return [self.encode_ordinary(one) for one in texts]
 
     def _encode_to_arrays(self, texts):
-        """As encode_ordinary_batch, in arrays: all ids (int32) one behind the other, and how many each text has."""
-        return self._memo.encode_to_arrays([self._prefixed(one) for one in texts])
+        """The ids of texts in UTF-8 (bytes): all (int32) one behind the other, and how many each has (int64)."""
+        if self.__dict__["add_prefix_space"]:
+            texts = [text if text[:1] in (b"", b" ") else b" " + text for text in texts]
+        return self._memo.encode_to_arrays(texts)
 
     def encode_to_numpy(self, text: str, **special: Any) -> Any:
         """As `encode`, in a uint32 array."""

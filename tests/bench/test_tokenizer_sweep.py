@@ -8,6 +8,13 @@ from optional import needs
 from bench import tokenizer_sweep
 from bench.lib.texts import TEXTS, _is_prose
 from bench.tokenizer_sweep import cut, main, rows_of
+from tokenizer import GPT2Tokenizer
+
+
+@pytest.fixture
+def gpt2_providers():
+    tokenizer = GPT2Tokenizer.from_pretrained("gpt2")
+    return [tokenizer_sweep.Ours(tokenizer), tokenizer_sweep.Tiktoken(tokenizer)]
 
 
 @needs("tiktoken", "tokenizers")
@@ -26,6 +33,20 @@ def test_a_tiny_sweep_measures_every_provider(tmp_path, capsys, monkeypatch):
     assert all(row["median_ms"] > 0 for row in rows)
     assert (tmp_path / "tokenizer_throughput.png").stat().st_size > 10_000
     assert "x_tiktoken" in capsys.readouterr().out
+
+
+@needs("tiktoken")
+def test_prepare_stands_beside_tiktokens_encoding_and_its_whole_job(gpt2_providers):
+    documents = ["one text\n", "and née another"]
+    reference = gpt2_providers[1].encode(documents, 1)
+    rows = tokenizer_sweep.prepare_rows("documents", documents, reference, gpt2_providers, 1)
+    assert [(row["tokenizer"], row["status"]) for row in rows] == [
+        ("ours", "ok"),
+        ("tiktoken", "ok"),
+        ("tiktoken-shards", "ok"),
+    ]
+    rows = tokenizer_sweep.prepare_rows("documents", documents, [[1], [2]], gpt2_providers, 1)
+    assert [row["status"][:6] for row in rows] == ["failed", "ok", "failed"]
 
 
 def test_ratios_compare_like_with_like():

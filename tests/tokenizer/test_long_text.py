@@ -101,7 +101,7 @@ def test_texts_together_are_texts_one_by_one(together, gpt2, texts, block):
     size, spans.BLOCK = spans.BLOCK, block
     try:
         ids = together.encode_ordinary_batch(texts)
-        flat, counts = together._encode_to_arrays(texts)
+        flat, counts = together._encode_to_arrays([text.encode() for text in texts])
     finally:
         spans.BLOCK = size
     assert flat.tolist() == [id for row in ids for id in row]
@@ -172,8 +172,8 @@ def test_a_full_memory_starts_afresh_and_changes_nothing(limit, long, gpt2, monk
     monkeypatch.setattr(spans, "BLOCK", 1000)
     monkeypatch.setattr(words, limit, {"MOST_WORDS": 51_000, "MOST_IDS": 60_000, "MOST_LONG": 20}[limit])
     cleared = []
-    forget = words.Words._clear
-    monkeypatch.setattr(words.Words, "_clear", lambda self: (cleared.append(1), forget(self)))
+    forget = words.Words._clear_long  # a part of _clear
+    monkeypatch.setattr(words.Words, "_clear_long", lambda self: (cleared.append(1), forget(self)))
     for seed in range(10):
         text = " ".join(random_words(1000, seed, longest=24))
         assert long.encode_ordinary(text) == gpt2._memo._pieces.encode(text)

@@ -77,28 +77,28 @@ class Memo:
 
     def encode_many(self, texts):
         """Token ids (list[int]) of each of texts, as encode gives them one by one; short ones go together."""
-        if not self._is_much(texts):
+        if not self._is_much(texts, self.much_text):
             return [self.encode(text) for text in texts]
-        ids, counts = self._encode_together(texts)
+        ids, counts = self._encode_together([text.encode() for text in texts])
         ids, ends = ids.tolist(), counts.cumsum().tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends)]
 
     def encode_to_arrays(self, texts):
-        """As encode_many, in arrays: the ids of all texts (int32), one behind the other, and how many each has."""
+        """Of texts in UTF-8 (bytes): the ids of all (int32), one behind the other, and how many each has (int64)."""
         import numpy as np
 
-        if self._is_much(texts):
+        if self._is_much(texts, self.much_text >> 3):  # numpy is there
             return self._encode_together(texts)
-        rows = [self.encode(text) for text in texts]
+        rows = [self.encode(text.decode()) for text in texts]
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.fromiter(chain.from_iterable(rows), np.int32, counts.sum()), counts
 
-    def _is_much(self, texts):
-        return self._seen + sum(map(len, texts)) >= self.much_text
+    def _is_much(self, texts, much):
+        return self._seen + sum(map(len, texts)) >= much
 
     def _encode_together(self, texts):
         self._seen += sum(map(len, texts))
-        return self._numpy_words().encode([text.encode() for text in texts])
+        return self._numpy_words().encode(texts)
 
     def _numpy_words(self):
         if self._words is None:

@@ -97,7 +97,7 @@ def together(texts):
     """Lists of texts of about BLOCK bytes in all, and the number of each; long texts come in parts, empty ones not."""
     numbers, parts, size = [], [], 0
     for number, text in enumerate(texts):
-        for part in blocks(text) if text else ():
+        for part in blocks(text) if len(text) > BLOCK else (text,) if text else ():
             numbers.append(number)
             parts.append(part)
             size += len(part)

@@ -3,7 +3,8 @@
 A word of up to 15 bytes, with its length, is a number of 128 bits: to look it up is to compare two integers, and what
 is found is exact, for a word's tokens depend on it alone. The table begins with the vocabulary's own tokens. Pieces
 are looked up in it too, so of a new word only those pieces are merged that are new themselves, all of a block at once.
-Words of up to 100 bytes are kept in a dict; long pieces, and runs of whitespace, are `memo.Pieces`' work.
+A longer word, of which few come twice, is put together from its pieces each time; longer pieces, and runs of
+whitespace, are kept in a dict up to 100 bytes.
 """
 
 import os
@@ -19,8 +20,8 @@ from .hashing import Table
 from .merging import Merger
 from .spans import SHORT, Spans, stretches
 
-LONG = 100  # bytes: longer words are not remembered
-MERGED = 40  # bytes: longer pieces are not merged with the others, who would have done long before
+LONG = 100  # bytes: longer pieces are not remembered
+MERGED = 80  # bytes: longer pieces are not merged with the others, who would have done long before
 # What is remembered, at the most, when a block has been encoded.
 MOST_WORDS = 1 << 18  # in the table, the vocabulary's among them: 13 MB
 MOST_IDS = 1 << 20  # of words: 4 MB, and as much again while they are moved
@@ -57,11 +58,14 @@ class Words:
         self._is_whole = False
         number = len(self._known_ids)
         self._ids, self._kept = np.empty(2 * number + 1024, np.int32), 0  # of one word after the other
-        self._long = {}  # {word: where its ids begin << 32 | their number}
+        self._clear_long()
         self._set_table(Table(2 * number))
         slots, _ = self._table.claim(*self._known)
         self._set(slots, self._keep(self._known_ids, np.ones(number, np.int64)), 1)
         self._is_whole = True
+
+    def _clear_long(self):
+        self._long = {}  # {piece of more than SHORT bytes: where its ids begin << 32 | their number}
 
     def encode(self, texts):
         """Token ids (int32) of texts, each UTF-8 (bytes), one behind the other, and how many each has (int64)."""
@@ -87,7 +91,9 @@ class Words:
         number = np.add.reduceat(count, np.searchsorted(words.starts, ends - np.diff(ends, prepend=0)), dtype=np.int64)
         self._kept = lasting
         self._is_whole = True
-        if self._table.used > MOST_WORDS or self._kept > MOST_IDS or len(self._long) > MOST_LONG:
+        if len(self._long) > MOST_LONG:
+            self._clear_long()
+        if self._table.used > MOST_WORDS or self._kept > MOST_IDS:
             self._clear()
         return ids, number
 
@@ -100,27 +106,17 @@ class Words:
         (short,), (long,) = np.nonzero(is_short), np.nonzero(~is_short)
         a, b = words[short].numbers()
         slots, new_short = self._find_or_claim(a, b)
-        texts = words[long].texts()
-        places = np.fromiter(map(self._long.get, texts, repeat(-1)), np.int64, len(texts))
-        (new_long,) = np.nonzero(places < 0)
-        is_forgotten = words.lengths[long[new_long]] > LONG
-        new_long = np.concatenate((new_long[~is_forgotten], new_long[is_forgotten]))
 
         lasting = self._kept
-        new = np.concatenate((short[new_short], long[new_long]))
+        new = np.concatenate((short[new_short], long))
+        first, count = np.empty(len(words), np.int32), np.empty(len(words), np.int32)
         if len(new):
             table = self._table
-            first, count, lasting = self._learn(words[new], is_run[new], is_forgotten.sum())
+            first[new], count[new], lasting = self._learn(words[new], is_run[new], len(long))
             if self._table is not table:
                 slots = self._table.find(a, b)
-            self._set(slots[new_short], first[: len(new_short)], count[: len(new_short)])
-            places[new_long] = (first << _COUNT | count)[len(new_short) :]
-            learned = zip(map(texts.__getitem__, new_long.tolist()), places[new_long].tolist())
-            self._long.update((text, place) for text, place in learned if len(text) <= LONG)
-
-        first, count = np.empty(len(words), np.int32), np.empty(len(words), np.int32)
+            self._set(slots[new_short], first[short[new_short]], count[short[new_short]])
         first[short], count[short] = self._first[slots], self._count[slots]
-        first[long], count[long] = places >> _COUNT, places & 0xFFFFFFFF
         return first, count, lasting
 
     def _learn(self, words, is_run, forgotten):
@@ -130,7 +126,7 @@ class Words:
         first_piece, pieces_of = np.empty(len(words), np.int64), np.ones(len(words), np.int64)
         first_piece[~is_run], pieces_of[~is_run] = np.cumsum(counts) - counts, counts
         first_piece[is_run] = len(pieces) + np.arange(len(runs))
-        first, count = map(np.concatenate, zip(self._look_up_pieces(pieces), self._keep_texts(runs)))
+        first, count = map(np.concatenate, zip(self._look_up_pieces(pieces), self._look_up_long(runs)))
 
         first_id, ids_of = first[first_piece], count[first_piece]
         lasting = self._kept
@@ -146,27 +142,45 @@ class Words:
     def _look_up_pieces(self, pieces):
         """(first, count) of each piece that is no run."""
         first, count = np.empty(len(pieces), np.int64), np.empty(len(pieces), np.int64)
-        (short,), (too_long,) = np.nonzero(pieces.lengths <= SHORT), np.nonzero(pieces.lengths > MERGED)
-        (long,) = np.nonzero((pieces.lengths > SHORT) & (pieces.lengths <= MERGED))
+        (short,), (long,) = np.nonzero(pieces.lengths <= SHORT), np.nonzero(pieces.lengths > SHORT)
         slots, _ = self._find_or_claim(*pieces[short].numbers())
         (new,) = np.nonzero(self._count[slots] == 0)
         self._first[slots[new]] = new  # of several at a slot, one stays
         new = new[self._first[slots[new]] == new]
-        merged = np.concatenate((short[new], long))
-        if len(merged):
-            ids, counts = self._merger.encode(pieces[merged].joined())
-            kept = self._keep(ids, counts)
-            self._set(slots[new], kept[: len(new)], counts[: len(new)])
-            first[long], count[long] = kept[len(new) :], counts[len(new) :]
+        if len(new):
+            ids, counts = self._merger.encode(pieces[short[new]].joined())
+            self._set(slots[new], self._keep(ids, counts), counts)
         first[short], count[short] = self._first[slots], self._count[slots]
-        first[too_long], count[too_long] = self._keep_texts(pieces[too_long].texts())
+        first[long], count[long] = self._look_up_long(pieces[long].texts())
         return first, count
 
-    def _keep_texts(self, texts):
-        """(first, count) of each of texts (bytes) that are one piece."""
-        encoded = [self._pieces[text.decode()] for text in texts]
-        counts = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return self._keep(np.fromiter(chain.from_iterable(encoded), np.int32), counts), counts
+    def _look_up_long(self, texts):
+        """(first, count) of each of texts (bytes) that are one piece; of equal ones, one is encoded."""
+        places = np.fromiter(map(self._long.get, texts, repeat(-1)), np.int64, len(texts))
+        if len(absent := np.flatnonzero(places < 0)):
+            absent = absent.tolist()
+            new = list(dict.fromkeys(map(texts.__getitem__, absent)))
+            self._long.update(zip(new, self._encode_long(new).tolist()))
+            places[absent] = list(map(self._long.__getitem__, map(texts.__getitem__, absent)))
+            for text in new:
+                if len(text) > LONG:
+                    del self._long[text]
+        return places >> _COUNT, places & 0xFFFFFFFF
+
+    def _encode_long(self, texts):
+        """What _long says of each of texts."""
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        first, count = np.empty_like(lengths), np.empty_like(lengths)
+        (together,), (alone,) = np.nonzero(lengths <= MERGED), np.nonzero(lengths > MERGED)
+        if len(together):
+            all = Spans(b"".join(texts), np.cumsum(lengths) - lengths, lengths)
+            ids, count[together] = self._merger.encode(all[together].joined())
+            first[together] = self._keep(ids, count[together])
+        if len(alone):
+            encoded = [self._pieces[texts[i].decode()] for i in alone.tolist()]
+            count[alone] = list(map(len, encoded))
+            first[alone] = self._keep(np.fromiter(chain.from_iterable(encoded), np.int32), count[alone])
+        return first << _COUNT | count
 
     def _keep(self, ids, counts):
         """Keeps ids. Returns where those of each word, of which there are so many, begin from now on."""
