@@ -177,18 +177,19 @@ def _contents(paths):
         elif path.suffix == ".jsonl":
             with open(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of(_utf8(line, f"{path}, line {number}").decode(), path, number)
+                    if not line.isspace():
+                        yield _text_of(_utf8(line, path, number).decode(), path, number)
         else:
             yield _utf8(path.read_bytes(), path)
 
 
-def _utf8(content, where):
-    """Content (bytes) without its mark of order."""
+def _utf8(content, path, number=None):
+    """Content (bytes), of a file or of a line of one, without its mark of order."""
     try:
         if not content.isascii():
             content.decode()
     except UnicodeDecodeError as error:
+        where = path if number is None else f"{path}, line {number}"
         raise ValueError(f"prepare: {where} is not UTF-8 (byte {error.start}: {error.reason})") from None
     return content.removeprefix(codecs.BOM_UTF8)
 
@@ -245,7 +246,8 @@ class _Encoder:
         ids, counts = self.tokenizer._encode_to_arrays(texts)
         ends = np.cumsum(counts)
         ids = np.insert(ids.astype(np.uint16), ends, self.end)
-        rows = np.split(ids, ends[:-1] + np.arange(1, len(ends)))
+        ends = (ends + np.arange(1, len(ends) + 1)).tolist()
+        rows = [ids[start:end] for start, end in zip([0, *ends], ends)]
         return list(zip(numbers, rows)), sum(map(len, texts))
 
 

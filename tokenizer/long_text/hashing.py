@@ -21,7 +21,9 @@ class Table:
         """Room for so many keys."""
         bits = int(number / FULLEST).bit_length()
         self.size, self.used = 1 << bits, 0
-        self.a, self.b = (np.zeros(self.size, np.uint64) for _ in range(2))
+        # a and b side by side: 16 bytes are fetched at once, as those of a complex number.
+        self._keys = np.zeros(self.size, np.complex128)
+        self.a, self.b = self._keys.view(np.uint64)[::2], self._keys.view(np.uint64)[1::2]
         self._claimant = np.empty(self.size, np.int32)
         self._shift = np.uint64(64 - bits)
 
@@ -32,9 +34,9 @@ class Table:
     def find(self, a, b):
         """The slot [n] of each key; -1 of one that is absent."""
         slots = self._first_slots(a, b)
-        held = self.b[slots]
-        open = np.flatnonzero((held != b) | (self.a[slots] != a))
-        held = held[open]
+        held = self._keys[slots].view(np.uint64)
+        open = np.flatnonzero((held[1::2] != b) | (held[::2] != a))
+        held = held[1::2][open]
         while len(open):
             is_free = held == 0
             slots[open[is_free]] = -1
