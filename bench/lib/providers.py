@@ -5,6 +5,7 @@ returns the call that is.
 """
 
 import importlib.util
+from contextlib import nullcontext
 
 import torch
 
@@ -18,7 +19,10 @@ from model.generation.rounded import rounded
 from model.generation.settings import Settings
 from model.layers.onednn import using
 from model.training.captured import CapturedGradients
+from model.training.loop import DTYPES as PRECISIONS
+from model.training.loop import PURE
 from model.training.optimizer import adamw, clip_gradients
+from model.training.precision import Held
 
 THEIRS = ("transformers-eager", "transformers-sdpa")
 COMPILED = "sdpa-compiled"  # our module on PyTorch's own operations, for inductor to fuse; of a training step alone
@@ -105,31 +109,38 @@ class Provider:
 
         return step
 
-    def optimizer_step(self, B, T, autocast, capture=False):
-        """A whole step of training in fp32 weights: loss, gradients, their norm clipped, AdamW. autocast: a dtype.
+    def optimizer_step(self, B, T, precision, capture=False):
+        """A whole step of training in fp32 weights: loss, gradients, their norm clipped, AdamW.
 
+        precision: one of model.train's --dtype, as there, but that fp16's loss is not scaled.
         capture: loss and gradients of ours as one CUDA graph. COMPILED compiles its model here, once for a case.
         """
         (model, _), ids = self.use(training=True), random_ids(self.ours, B, T)
         optimizer = adamw(model, lr=1e-4)
         # Theirs make all logits, and so does what inductor is to fuse the loss into.
         options = {"return_logits": False} if model is self.ours else {}
+        dtype, is_pure = PRECISIONS[precision], precision == PURE
+        held = Held(model, dtype) if is_pure else nullcontext
 
         def loss_of(ids):
-            with torch.autocast(ids.device.type, autocast, enabled=autocast != torch.float32):
+            with torch.autocast(ids.device.type, dtype, enabled=dtype is not None and not is_pure):
                 return self.run(ids, labels=ids, use_cache=False, **options).loss
 
-        case = B, T, autocast
+        case = B, T, precision
         if self.name == COMPILED and self.compiled_for != case:
             torch.compiler.reset()  # dynamo compiles a second length for any, and a ninth not at all
             self.run, self.compiled_for = torch.compile(model, dynamic=False, fullgraph=True), case
-            loss_of(ids).backward()  # compiles, outside of what is timed
+            with held():
+                loss_of(ids).backward()  # compiles, outside of what is timed
         model.zero_grad(set_to_none=True)
-        captured = CapturedGradients(loss_of, model.parameters(), ids) if capture and model is self.ours else None
+        captured = None
+        if capture and model is self.ours:
+            captured = CapturedGradients(loss_of, model.parameters(), ids, around=held)
 
         def step():
             if captured is None:
-                loss_of(ids).backward()
+                with held():
+                    loss_of(ids).backward()
             else:
                 captured(ids)
             clip_gradients(model.parameters(), optimizer, 1.0)

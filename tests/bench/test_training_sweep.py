@@ -35,6 +35,26 @@ def test_a_sweep_writes_rows(providers, dtype, tiny, tmp_path, capsys):
     assert "tokens_per_s" in capsys.readouterr().out
 
 
+def test_pure_bfloat16_stands_beside_autocast(tiny, tmp_path, monkeypatch):
+    """It computes with 16-bit weights, which the fp32 ones of the optimizer outlast."""
+    seen, real = [], Provider.optimizer_step
+
+    def watched(provider, B, T, precision, capture):
+        wte = provider.ours.transformer.wte
+        wte.register_forward_pre_hook(lambda module, args: seen.append((precision, module.weight.dtype)))
+        return real(provider, B, T, precision, capture)
+
+    monkeypatch.setattr(Provider, "optimizer_step", watched)
+    arguments = ["--device", "cpu", "--quick", "--size", "tiny", "--out", str(tmp_path), "--providers", "sdpa"]
+    training_sweep.main([*arguments, "--dtype", "bfloat16", "pure-bfloat16"])
+    rows = json.loads((tmp_path / "training_sweep_quick.json").read_text())["rows"]
+    assert [(row["dtype"], row["status"]) for row in rows] == [("bfloat16", OK), ("pure-bfloat16", OK)]
+    assert all(row["peak_memory_mb"] > 0.1 for row in rows)
+    assert ("bfloat16", torch.float32) in seen
+    assert ("pure-bfloat16", torch.bfloat16) in seen
+    assert ("pure-bfloat16", torch.float32) not in seen[seen.index(("pure-bfloat16", torch.bfloat16)) :]
+
+
 def test_what_is_compiled_is_compiled_once_for_each_case_before_the_clock(tiny, tmp_path, monkeypatch):
     """Were dynamo's memory of the case before kept, the second length would be compiled for any."""
     graphs, real = [], torch.compile
@@ -66,7 +86,7 @@ def test_a_gpus_share_is_of_its_data_sheet(tiny, tmp_path, monkeypatch):
 def test_a_step_changes_the_weights(tiny):
     ours = build("tiny", "cpu", "float32")
     before = ours.transformer.wte.weight.detach().clone()
-    Provider("sdpa", ours).optimizer_step(1, 8, torch.float32)()
+    Provider("sdpa", ours).optimizer_step(1, 8, "float32")()
     assert not torch.equal(ours.transformer.wte.weight, before)
     assert all(p.grad is None for p in ours.parameters())
 
@@ -84,6 +104,7 @@ def test_pytorchs_backends_stand_for_pytorchs_other_operations(name, tiny):
     ("arguments", "words"),
     [
         (("--providers", "sdpa", "sdpa"), "one of them is named twice"),
+        (("--dtype", "float32", "float32"), "--dtype float32 float32: one of them is named twice"),
         (("--providers", "triton"), "not timed without a GPU"),
         (("--providers", "mine"), "unknown; choose from"),
         (("--seq-lens", "1"), "between 2 and n_positions = 1024"),
