@@ -89,6 +89,8 @@ def prepare(sources, out, tokenizer, *, processes=1, validate=100, shard_tokens=
     if len(tokenizer) > LIMIT:
         raise ValueError(f"prepare: the vocabulary has {len(tokenizer)} tokens; shards hold ids below {LIMIT}")
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"prepare: {out} is a file; the shards need a directory")
     paths = find(sources)
     out.mkdir(parents=True, exist_ok=True)
     asked = {

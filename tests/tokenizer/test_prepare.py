@@ -153,6 +153,11 @@ def test_wrong_calls_are_refused(change, words, corpus, tmp_path, tokenizer):
     assert not list(tmp_path.glob("out/*.bin"))
 
 
+def test_a_file_is_no_place_for_shards(corpus, tokenizer):
+    with pytest.raises(ValueError, match=r"0\.txt is a file; the shards need a directory"):
+        prepare.prepare([corpus], corpus / "0.txt", tokenizer, progress=False)
+
+
 def test_directories_and_texts_without_content_are_refused(tmp_path, tokenizer, capsys):
     (tmp_path / "empty").mkdir()
     assert prepare.main([str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
