@@ -92,10 +92,11 @@ ATTENTION = {
         ("dkdv", 4): {64: C(32, 32, 4, 1), 128: C(16, 32, 4, 1), 256: C(16, 16, 4, 1)},
     },
 }
-# Dropout's draws need registers too, at head dims up to 64 and two bytes: the rows above spill 40 bytes in forward on
-# sm_80 and in dkdv on sm_120; on sm_90 128 x 64 holds one block of 8 warps where this holds three of 4. Not measured.
+# Dropout's draws need registers too, at head dims up to 64 and two bytes: the rows above then spill 40 bytes in forward
+# and 8 in dkdv on sm_80, where the sums of its gradients are wanted, too, and 40 in dkdv on sm_120; on sm_90 128 x 64
+# holds one block of 8 warps where this holds three of 4. Not measured.
 ATTENTION_WITH_DROPOUT = {
-    "sm_80": {"forward": C(64, 64, 4, 3)},
+    "sm_80": {"forward": C(64, 64, 4, 3), "dkdv": C(32, 64, 4, 2)},
     "sm_86": {"dkdv": C(32, 64, 4, 2)},
     "sm_90": {"forward": C(64, 64, 4, 2)},
 }
