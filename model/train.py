@@ -89,6 +89,8 @@ def main(arguments=None):
     write_anything(sys.stderr)
     processes = None
     try:
+        if options.out.exists() and not options.out.is_dir():
+            raise ValueError(f"--out {options.out} is a file; a run needs a directory")
         settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
         processes = Processes(_device(options.device), options.shard, options.tensor_parallel)
         tokenizer, data = _text(options, processes)

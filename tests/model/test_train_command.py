@@ -104,6 +104,12 @@ def test_what_cannot_work_is_one_line(arguments, words, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+def test_a_file_is_no_place_for_a_run(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    train("--text", "nowhere", "--out", tmp_path / "file", status=2)
+    assert f"--out {tmp_path / 'file'} is a file; a run needs a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
