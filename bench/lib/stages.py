@@ -53,7 +53,7 @@ class Stage:
             # The interpreter has no bf16; of several numbers the first stays, and a length becomes a short one.
             if not (word.isdigit() and words[-1].isdigit()):
                 words.append("17" if word.isdigit() and int(word) > 256 else word.replace("bfloat16", "float16"))
-        return [*words, *(["--heads", "2"] if self.module == "bench.attention_sweep" else [])]
+        return [*words, *SMALLER.get(self.module, ())]
 
 
 def _attention(name, what, limit_s, *arguments):
@@ -114,6 +114,12 @@ STAGES = (
         *("--dtype", "bfloat16", "--backends", *SDPA, *OURS, "--seq-lens", "1024", "8192"),
     ),
 )
+# What the interpreter would take minutes for.
+SMALLER = {
+    "bench.attention_sweep": ("--heads", "2"),
+    "bench.transformers_sweep": ("--quick",),
+    "bench.tune": ("--minutes", "0.05"),
+}
 COMPILED = ("bench.attention_sweep", "bench.transformers_sweep", "bench.model_sweep", "bench.pointwise_sweep")
 NAMES = tuple(stage.name for stage in STAGES)
 
