@@ -481,9 +481,18 @@ def family_of(arch):
 FASTER_THOUGH_SPILLED = {("dkdv", 128): 112, ("dq", 256): 48, ("dkdv", 256): 48}
 
 
+# fp16 takes the registers of bf16: it is shown on the two chips that the simulator has.
 @pytest.mark.compile
-@pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lanes.short)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        (arch, dtype)
+        for arch in compiling.ARCHITECTURES
+        for dtype in DTYPES
+        if dtype != F16 or arch in ("sm_80", "sm_90")
+    ],
+    ids=lambda value: value if isinstance(value, str) else lanes.short(value),
+)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
     with compiling.compile_only(arch) as kernels:
@@ -508,9 +517,8 @@ def test_every_config_compiles_fits_and_does_not_spill(arch, dtype, head_dim):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("arch", [arch for arch in compiling.ARCHITECTURES if arch != "sm_89"])  # sm_86's rows and code
+@pytest.mark.parametrize(("causal", "dropout_p"), [(True, 0.0), (True, 0.1), (False, 0.1)])
 def test_padding_and_dropout_do_not_spill_at_gpt2s_head_dim(arch, causal, dropout_p):
     rows = bounds("cpu", kv_start=[0, 0], kv_end=[64, 64])
     with compiling.compile_only(arch) as kernels:

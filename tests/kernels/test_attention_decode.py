@@ -124,7 +124,7 @@ def test_decode_passes_opcheck(lane, dtype):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lanes.short)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=lanes.short)  # fp16 takes the registers of bf16
 def test_decode_compiles_fits_and_does_not_spill(arch, dtype):
     for T_q, head_dim in ((1, 64), (4, 64), (1, 256), (4, 256)):
         q, k, v, _ = inputs((1, 2, T_q, 64, head_dim), dtype, "cpu")
