@@ -3,10 +3,11 @@ forks."""
 
 from functools import cache
 
-from .ptx import Address, Box, Pair, Register, Vector
+from .ptx import Address, Box, Pair, Register, Special, Vector
 
 _NO_RESULT = {
-    "st", "red", "bra", "bar", "barrier", "ret", "exit", "cp", "fence", "membar", "stmatrix", "nanosleep", "trap",
+    "st", "red", "bra", "brx", "bar", "barrier", "ret", "exit", "cp", "fence", "membar", "stmatrix", "nanosleep",
+    "trap",
     "prefetch", "griddepcontrol", "setmaxnreg", "brkpt", "discard", "applypriority",
 }  # fmt: skip
 # What these make comes from memory or from other threads.
@@ -15,7 +16,8 @@ _TALKS = {
     "wgmma", "mbarrier", "bar", "barrier", "tex", "clusterlaunchcontrol",
 }  # fmt: skip
 # After these the team may wait, fork or hold registers that an asynchronous instruction uses.
-_ENDS_STRETCH = {"bra", "bar", "barrier", "ret", "exit", "trap", "wgmma", "mbarrier"}
+_ENDS_STRETCH = {"bra", "brx", "bar", "barrier", "ret", "exit", "trap", "wgmma", "mbarrier", "setmaxnreg"}
+_LEAVES = {"ret", "exit", "trap", "bra", "brx"}  # what follows them is not the next instruction, unless predicated
 
 
 def registers_in(operand):
@@ -109,7 +111,7 @@ def _stores_fed(kernel, registers):
                 stores.add(inst.index)
                 continue
             # What a branch decides: all that is computed before its ways meet again.
-            decided = _until_join(kernel, inst) if inst.opcode == "bra" else [inst]
+            decided = _until_join(kernel, inst) if inst.targets else [inst]
             if not all(map(_computes, decided)):
                 return None
             tainted.update(*map(written, decided))
@@ -131,7 +133,7 @@ def _until_join(kernel, branch):
         if index < len(after) and not meets >> index & 1 and index not in inside:
             inside.add(index)
             waiting += after[index]
-    return [inst for i in sorted(inside) if (inst := kernel.instructions[i]).opcode != "bra"]
+    return [inst for i in sorted(inside) if not (inst := kernel.instructions[i]).targets]
 
 
 def _successors(kernel):
@@ -167,7 +169,7 @@ def _always_passed(kernel):
 
 def stretch_ends(kernel):
     """For each instruction, the index after the straight-line stretch that it stands in."""
-    starts = {inst.target for inst in kernel.instructions if inst.opcode == "bra"}
+    starts = {target for inst in kernel.instructions for target in inst.targets}
     ends, end = [], len(kernel.instructions)
     for inst in reversed(kernel.instructions):
         if inst.opcode in _ENDS_STRETCH or inst.index + 1 in starts:
@@ -180,36 +182,91 @@ def predecessors(kernel):
     """For each instruction, the indices of those that may run right before it."""
     before = [[] for _ in kernel.instructions]
     for inst in kernel.instructions:
-        leaves = inst.opcode in ("ret", "exit", "trap", "bra") and inst.predicate is None
+        leaves = inst.opcode in _LEAVES and inst.predicate is None
         if not leaves and inst.index + 1 < len(before):
             before[inst.index + 1].append(inst.index)
-        if inst.opcode == "bra":
-            before[inst.target].append(inst.index)
+        for target in inst.targets:
+            before[target].append(inst.index)
     return before
+
+
+def reachable(kernel, index, stop):
+    """The instructions that may run after `index`, up to the next of the opcode `stop`, which is one of them."""
+    after = _successors(kernel)
+    seen, waiting = set(), list(after[index])
+    while waiting:
+        i = waiting.pop()
+        if i < len(after) and i not in seen:
+            seen.add(i)
+            waiting += [] if kernel.instructions[i].opcode == stop else after[i]
+    return sorted(seen)
+
+
+_STEPS = {"add", "sub", "and", "or", "xor", "shl", "shr", "bfe", "mov", "cvt", "mul", "mad", "setp", "selp"}
+
+
+def per_thread(kernel):
+    """The registers that may hold another value in each thread of a warp, but those that one step makes of another."""
+    return _varying(kernel) - _one_step(kernel)
+
+
+def _one_step(kernel):
+    """The registers that are made once, by integer arithmetic, of one register."""
+    makers = {}
+    for inst in kernel.instructions:
+        for register in written(inst):
+            makers.setdefault(register, []).append(inst)
+    integers = ("b32", "u32", "s32", "b64", "u64", "s64", "b16", "u16", "s16")
+    return {
+        register
+        for register, (inst, *others) in makers.items()
+        if not others and inst.opcode in _STEPS and inst.type in integers and len(read(inst)) <= 1
+    }
+
+
+def _varying(kernel):
+    """The registers that may hold another value in each thread of a warp."""
+    varies, before = set(), -1
+    talks = _TALKS | {"wgmma"}
+    while before != len(varies):
+        before = len(varies)
+        for inst in kernel.instructions:
+            apart = (inst.opcode in talks and not inst.has("param", "idx")) or not varies.isdisjoint(read(inst))
+            if apart or any(isinstance(o, Special) and o.name.startswith(("tid", "laneid")) for o in inst.operands):
+                varies |= written(inst)
+    return varies
+
+
+_WORDS = {"pred": 0, "b64": 2, "u64": 2, "s64": 2, "f64": 2}
+
+
+def words(kernel, chosen):
+    """How many 32-bit registers these registers, a bit set, take."""
+    return sum(_WORDS.get(kernel.registers[i].type, 1) for i in indices(chosen))
 
 
 def live_registers(kernel):
     """For each instruction, the registers that may still be read from there on, as a bit set; one more for the end."""
     instructions = kernel.instructions
     live = [0] * (len(instructions) + 1)
-    reads = [_bits(read(inst)) for inst in instructions]
-    kills = [0 if inst.predicate else _bits(written(inst)) for inst in instructions]
+    reads = [bits(read(inst)) for inst in instructions]
+    kills = [0 if inst.predicate else bits(written(inst)) for inst in instructions]
     changed = True
     while changed:
         changed = False
         for inst in reversed(instructions):
             i = inst.index
-            leaves = inst.opcode in ("ret", "exit", "trap", "bra") and inst.predicate is None
+            leaves = inst.opcode in _LEAVES and inst.predicate is None
             after = 0 if leaves else live[i + 1]
-            if inst.opcode == "bra":
-                after |= live[inst.target]
+            for target in inst.targets:
+                after |= live[target]
             before = reads[i] | (after & ~kills[i])
             changed |= before != live[i]
             live[i] = before
     return live
 
 
-def _bits(registers):
+def bits(registers):
     return sum(1 << r for r in registers)
 
 

@@ -109,6 +109,15 @@ class Counters:
         self.requests_read += 1
         self.sectors_read += len(np.unique(offsets // SECTOR))
 
+    def bulk_wrote(self, offsets, size, adds):
+        """The same, for what it stores or adds."""
+        if adds:
+            self.global_atomic += len(offsets) * size
+        else:
+            self.global_written += len(offsets) * size
+            self.requests_written += 1
+            self.sectors_written += len(np.unique(offsets // SECTOR))
+
     def wrote(self, team, inst, offsets, size, threads):
         requests, sectors = _sectors(team, offsets, size, threads)
         self.global_written += len(offsets) * size

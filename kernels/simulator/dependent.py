@@ -99,6 +99,11 @@ class Dependence:
             waited = self._waited.reshape(-1, self._warps)
             waited[blocks] |= waited[blocks].any(1)[:, None]
 
+    def meet(self, block, warps):
+        """Some warps of a block, by their numbers in the grid, have met: {warp: did it wait, or only arrive?}"""
+        if self.before and self._waited[list(warps)].any():
+            self._waited[[warp for warp, waited in warps.items() if waited]] = True
+
     def look(self, team, inst, me, offsets, size, threads, *, reads, writes):
         """Accesses of `size` bytes at `offsets`, by the warps `me`. Raises DependentLaunchRace."""
         granules = offsets[:, None] // self._granule + np.arange(max(size // self._granule, 1))

@@ -43,6 +43,8 @@ def global_accesses(kernel):
         if inst.opcode in ("st", "red"):
             where = stores if inst.opcode == "st" and not inst.has(*STRONG) else reads
             where[inst.index] = pointers(inst.operands[0])
+        elif inst.has("bulk_group"):
+            (reads if inst.has("reduce") else stores)[inst.index] = pointers(inst.operands[0])
         elif inst.opcode in ("ld", "atom", "cp"):
             reads[inst.index] = pointers(inst.operands[1])
     return reads, stores
@@ -162,6 +164,23 @@ class GlobalRaces:
             known = [self._known[warp] for warp in warps if warp in self._known]
             if known:
                 self._known |= dict.fromkeys(warps, np.maximum.reduce(known))
+
+    def meet(self, block, warps):
+        """Some warps of a block, by their numbers in the grid, have met: {warp: did it wait, or only arrive?}"""
+        self.dependence.meet(block, warps)
+        if not self._has_stores:
+            return
+        told = np.maximum.reduce([self._release(warp) for warp in warps])
+        for warp in [warp for warp, waited in warps.items() if waited]:
+            _learn(self._known, warp, told)
+
+    def tell(self, warp):
+        """What a warp that arrives at an mbarrier tells those who wait for it."""
+        return self._release(warp) if self._has_stores else None
+
+    def hear(self, warp, told):
+        if told is not None:
+            _learn(self._known, warp, told)
 
     def wait(self, team):
         """The active warps have waited for the kernels before."""

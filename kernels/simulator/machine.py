@@ -7,7 +7,8 @@ barrier to the next.
 
 import numpy as np
 
-from .control_flow import indices, live_registers, stretch_ends
+from .bulk_stores import BulkStores
+from .control_flow import bits, indices, live_registers, per_thread, reachable, read, stretch_ends, words, written
 from .counters import Counters
 from .dependent import Stream
 from .errors import AsyncHazard, BarrierDeadlock, EndlessWait, KernelError
@@ -15,9 +16,11 @@ from .global_races import GlobalRaces, global_accesses, granule_of
 from .instructions import decode
 from .mbarriers import Mbarriers, Wait
 from .memory import LocalMemory, SharedMemory
+from .partial_order import WarpRaces, warps_meet
 from .patterns import Patterns
 from .ptx import TYPES, Vector
 from .races import RaceDetector
+from .register_pool import RegisterPool, RegisterWait
 from .team import Team
 
 MOST_TURNS = 1000  # of a batch's teams, see team.TURN: a million loop iterations
@@ -35,7 +38,9 @@ class Program:
         self.patterns = Patterns()
         self.code = [_decode(inst, kernel) for inst in kernel.instructions]
         self.stretch_end = stretch_ends(kernel)
-        self._live, self._live_at = live_registers(kernel), {}
+        self._live, self._live_at, self._most = live_registers(kernel), {}, {}
+        self.is_specialised = any(inst.opcode in ("brx", "setmaxnreg") for inst in kernel.instructions)
+        self.warps_meet = warps_meet(kernel)
         self.types = [TYPES[register.type] for register in kernel.registers]
         self.global_accesses, self.global_granule = global_accesses(kernel), granule_of(kernel)
         self.granule = min([16] + [size for inst in kernel.instructions if (size := _shared_access(inst))])
@@ -45,6 +50,23 @@ class Program:
         if pc not in self._live_at:
             self._live_at[pc] = indices(self._live[pc])
         return self._live_at[pc]
+
+    def most_registers(self, index):
+        """(registers, where): the most that hold values of the code behind `index`, up to the next setmaxnreg.
+
+        Not counted are what only other warps' code reads, though it may stand in a register all the while; what is one
+        value for the whole warp: ptxas has registers of their own for it, or reads it where the launch put it; and what
+        one step makes of another register: ptxas does it again.
+        """
+        if index not in self._most:
+            code, places = self.kernel.instructions, reachable(self.kernel, index, "setmaxnreg")
+            used = bits(
+                frozenset().union(*(read(code[i]) | written(code[i]) for i in places)) & per_thread(self.kernel)
+            )
+            counts = [words(self.kernel, self._live[i] & used) for i in places]
+            most = int(np.argmax(counts))
+            self._most[index] = counts[most], self.kernel.where(code[places[most]])
+        return self._most[index]
 
 
 def _decode(inst, kernel):
@@ -115,10 +137,12 @@ class _Batch:
         blocks, warps = len(block_ids), launch.num_warps
         self.shared = SharedMemory(blocks, launch.shared)
         self.local = LocalMemory(32 * blocks * warps, self.program.kernel.local_bytes)
-        self.races = RaceDetector(self.program, blocks, self.shared, warps)
-        self.mbarriers = Mbarriers(self)
+        self.races = (WarpRaces if self.program.warps_meet else RaceDetector)(self.program, blocks, self.shared, warps)
+        self.registers = RegisterPool(self.program, blocks, warps)
+        self.mbarriers, self.stores = Mbarriers(self), BulkStores(self)
         self.arrived = np.zeros((blocks, 16), np.int64)
         self.generation = np.zeros((blocks, 16), np.int64)
+        self._at_barrier = {}  # (block, barrier) -> (threads that it takes, {warp that has come: does it wait?})
         self.teams = [Team(self, np.repeat(np.arange(blocks), warps), np.tile(np.arange(warps), blocks))]
         self._group = None  # of each block, where a schedule lets some of them fall behind
         if launch.schedule is not None:
@@ -137,6 +161,7 @@ class _Batch:
             if self.launch.schedule is not None:
                 teams = [teams[i] for i in self.launch.schedule.permutation(len(teams))]
                 self.mbarriers.land_some(self.launch.schedule)
+                self.stores.land_some(self.launch.schedule)
             teams, late = self._divide(teams) if progress else (teams, [])
             self.teams, progress = late, bool(late)
             for team in teams:
@@ -150,6 +175,7 @@ class _Batch:
         for copy in self.mbarriers.in_flight:
             error = AsyncHazard("the block ended while this copy was in flight", block=self.coordinates[copy.block])
             raise error.locate(self.program.kernel, copy.inst)
+        self.stores.finish()
 
     def _divide(self, teams):
         """Those that run in this round, and those that do not: of blocks that meet, one may come early or late."""
@@ -172,19 +198,65 @@ class _Batch:
     def scheduled(self):
         return self.launch.schedule is not None
 
-    def arrive(self, team, mask, barrier):
-        """Threads reach a barrier. Returns a ticket for `passed`."""
+    def arrive(self, team, mask, barrier, threads=None, waits=True):
+        """Threads reach a barrier of so many threads, or of all. Returns a ticket for `passed`."""
         count = np.full(team.warps, 32) if mask is None else np.count_nonzero(mask.reshape(-1, 32), axis=1)
+        everyone = 32 * self.launch.num_warps
+        takes = threads or everyone
+        if self.program.warps_meet:
+            self._note(team, count, barrier, takes, waits)
         self.arrived[:, barrier] += np.bincount(team.block, count, len(self.arrived)).astype(np.int64)
         blocks = np.unique(team.block[count > 0])
         target = self.generation[blocks, barrier] + 1
-        full = blocks[self.arrived[blocks, barrier] >= 32 * self.launch.num_warps]
+        full = blocks[self.arrived[blocks, barrier] >= takes]
         if len(full):
             self.arrived[full, barrier] = 0
             self.generation[full, barrier] += 1
-            self.races.barrier(full)
-            self.launch.global_races.barrier(self.block_ids[full])
+            if self.program.warps_meet:
+                for block in full.tolist():
+                    self._met(block, self._at_barrier.pop((block, barrier))[1])
+            else:
+                self.races.barrier(full)
+                self.launch.global_races.barrier(self.block_ids[full])
         return blocks, barrier, target
+
+    def _note(self, team, count, barrier, takes, waits):
+        """Which warps have come to a barrier; raises BarrierDeadlock where they do not fit it."""
+        for block, warp, some in zip(team.block.tolist(), team.warp.tolist(), count):
+            if not some:
+                continue
+            expected, warps = self._at_barrier.setdefault((block, barrier), (takes, {}))
+            if expected != takes:
+                what = f"barrier {barrier} is taken for one of {takes} threads here, of {expected} by who came before"
+                raise team.fault(BarrierDeadlock, what, 32 * int(np.argmax(count > 0)))
+            if warp in warps and not warps[warp]:
+                what = f"warp {warp} comes to barrier {barrier} again, before the others have come"
+                raise team.fault(BarrierDeadlock, what, 32 * int(np.argmax(team.warp == warp)))
+            warps[warp] = waits
+            if 32 * len(warps) > takes:
+                what = f"more than the {takes} threads of barrier {barrier} come to it"
+                raise team.fault(BarrierDeadlock, what, 32 * int(np.argmax(team.warp == warp)))
+
+    def _met(self, block, warps):
+        """These warps have met at a barrier; {warp: did it wait?}"""
+        self.races.meet(block, warps)
+        first = int(self.block_ids[block]) * self.launch.num_warps
+        self.launch.global_races.meet(int(self.block_ids[block]), {first + w: waited for w, waited in warps.items()})
+
+    def tell(self, team, thread, told):
+        """A thread arrives where others will wait: what came before, joined with `told`."""
+        if not self.races.is_partial:
+            return None
+        block, warp = int(team.thread_block[thread]), int(team.thread_warp[thread])
+        here = self.races.release(block, warp)
+        here.everywhere = self.launch.global_races.tell(int(self.block_ids[block]) * self.launch.num_warps + warp)
+        return here.joined(told)
+
+    def hear(self, block, warp, told):
+        """A warp has seen end what `told` was told by."""
+        if told is not None:
+            self.races.acquire(block, warp, told)
+            self.launch.global_races.hear(int(self.block_ids[block]) * self.launch.num_warps + warp, told.everywhere)
 
     def meet(self, team):
         """A team that holds only some warps of its warpgroups comes to an instruction that needs all four of each."""
@@ -195,7 +267,7 @@ class _Batch:
             self.teams.append(Team.merged(self._meetings.pop(key), team.pc))
 
     def passed(self, ticket):
-        if isinstance(ticket, Wait):
+        if isinstance(ticket, (Wait, RegisterWait)):
             return ticket.passed()
         blocks, barrier, target = ticket
         return bool((self.generation[blocks, barrier] >= target).all())
@@ -210,9 +282,14 @@ class _Batch:
                     who = f"warps {', '.join(map(str, warps))} wait for parity {parity} of {mbarrier.describe()}"
                     waiting.setdefault((pc, who), mbarrier.block)
                     continue
+                if isinstance(ticket, RegisterWait):
+                    block, who = ticket.describe()
+                    waiting.setdefault((pc, who), block)
+                    continue
                 blocks, barrier, target = ticket
                 stuck = blocks[self.generation[blocks, barrier] < target][0]
-                threads = f"{self.arrived[stuck, barrier]} of {32 * self.launch.num_warps} threads"
+                takes, _ = self._at_barrier.get((int(stuck), barrier), (32 * self.launch.num_warps, {}))
+                threads = f"{self.arrived[stuck, barrier]} of {takes} threads"
                 waiting.setdefault((pc - 1, f"{threads} wait at barrier {barrier}"), stuck)
         (pc, _), block = next(iter(waiting.items()))
         places = "; ".join(f"{who} ({kernel.where(kernel.instructions[at])})" for at, who in waiting)

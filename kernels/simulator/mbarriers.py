@@ -24,6 +24,8 @@ class Mbarrier:
     pending: int
     bytes: int = 0
     phase: int = 0
+    telling: object = None  # what the arrivals of this phase tell, and
+    told: object = None  # those of the phases that have ended: see partial_order.py
     tickets: list = field(default_factory=list)  # (phase, the race detector's number of a copy that landed in it)
 
     def complete(self, parity):
@@ -33,6 +35,8 @@ class Mbarrier:
     def step(self):
         if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = self.phase + 1, self.count
+            if self.telling is not None:
+                self.told, self.telling = self.telling.joined(self.told), None
 
     def describe(self):
         lacks = [f"lacks {self.pending} arrivals"] if self.pending else []
@@ -97,6 +101,7 @@ class Mbarriers:
             what = f"arrives once too often in phase {mbarrier.phase} of the mbarrier at byte {mbarrier.at}"
             raise team.fault(AsyncHazard, f"{what}, initialised for {mbarrier.count}", thread)
         mbarrier.pending -= count
+        mbarrier.telling = self._batch.tell(team, thread, mbarrier.telling)
         mbarrier.step()
 
     def land(self, copy):

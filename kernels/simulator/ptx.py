@@ -96,11 +96,15 @@ class Instruction:
     text: str
     callers: tuple = ()  # "file.py:12" of the calls that were inlined, innermost first
     index: int = -1
-    target: int = -1  # of a branch: the index of the instruction it goes to
+    targets: tuple = ()  # of a branch: the indices of the instructions it may go to
 
     @property
     def type(self):
         return self.modifiers[-1]
+
+    @property
+    def target(self):
+        return self.targets[0] if self.targets else -1
 
     def has(self, *names):
         return any(name in self.modifiers for name in names)
@@ -128,6 +132,7 @@ class Kernel:
     symbols: dict = field(default_factory=dict)  # shared and local arrays: name -> byte offset
     tables: dict = field(default_factory=dict)  # the module's own arrays in global memory: name -> bytes
     local_bytes: int = 0
+    max_registers: int | None = None  # of a thread, where the module says so
 
     @property
     def maps(self):
@@ -141,6 +146,7 @@ class Kernel:
         )
 
 
+_TARGETS = re.compile(r"(\$?\w+):\s*\.branchtargets\s+([^;]*);")
 _ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\((.*?)\)(.*?)\{\n", re.S)
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _CALLER = re.compile(r"@\[ ([^\s:]+:\d+)")
@@ -169,6 +175,8 @@ def parse(text):
         target=re.search(r"\.target\s+(\w+)", text)[1],
         files={int(number): path for number, path in _FILE.findall(text)},
     )
+    most = re.search(r"\.maxnreg\s+(\d+)", directives)
+    kernel.max_registers = int(most[1]) if most else None
     for symbol in re.findall(r"\.extern \.shared [^;]*?\b(\w+)\[\]", text[: entry.start()]):
         kernel.symbols[symbol] = 0
     for symbol, numbers in _TABLE.findall(text[: entry.start()]):
@@ -204,10 +212,13 @@ class _Body:
         self.kernel = kernel
         self.scopes = [{}]  # per open brace: name -> Register
         self.labels = [{}]  # per open brace: name -> index of an instruction
-        self.branches = []  # (instruction, label, the label scopes that were open)
+        self.tables = {}  # of brx: name -> labels
+        self.branches = []  # (instruction, labels, the label scopes that were open)
         self.file, self.line, self.callers = 0, 0, ()
 
     def read(self, body):
+        self.tables = {name: re.split(r"[,\s]+", labels.strip()) for name, labels in _TARGETS.findall(body)}
+        body = _TARGETS.sub("", body)
         for raw in body.split("\n"):
             line, _, comment = raw.partition("//")
             line = line.strip()
@@ -217,12 +228,15 @@ class _Body:
                 self.callers = tuple(_CALLER.findall(comment))
             elif line:
                 self._statements(line)
-        for instruction, label, scopes in self.branches:
-            found = [scope[label] for scope in scopes if label in scope]
-            if not found:
-                raise SimulatorError(f"{self.kernel.name}: no label {label} for `{instruction.text}`")
-            instruction.target = found[-1]
+        for instruction, labels, scopes in self.branches:
+            instruction.targets = tuple(self._place(label, scopes, instruction) for label in labels)
         self.kernel.labels = self.labels[0]
+
+    def _place(self, label, scopes, instruction):
+        found = [scope[label] for scope in scopes if label in scope]
+        if not found:
+            raise SimulatorError(f"{self.kernel.name}: no label {label} for `{instruction.text}`")
+        return found[-1]
 
     def _statements(self, line):
         while line := line.strip():
@@ -282,7 +296,12 @@ class _Body:
             index=len(self.kernel.instructions),
         )
         if opcode == "bra":
-            self.branches.append((instruction, arguments.strip(), list(self.labels)))
+            self.branches.append((instruction, [arguments.strip()], list(self.labels)))
+        if opcode == "brx":
+            table = instruction.operands[1].name
+            if table not in self.tables:
+                raise SimulatorError(f"{self.kernel.name}: no .branchtargets {table} for `{instruction.text}`")
+            self.branches.append((instruction, self.tables[table], list(self.labels)))
         self.kernel.instructions.append(instruction)
 
     def _register(self, name):

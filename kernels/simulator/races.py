@@ -16,6 +16,7 @@ _WARP_SHIFT, _WARP_BITS = 20, 8
 _INSTRUCTION = (1 << _WARP_SHIFT) - 1
 _WHO = ((1 << _WARP_BITS) - 1) << _WARP_SHIFT | 1 << 62  # an unfinished copy is like another warp's
 SEVERAL = 255  # more than one warp read
+_STAND_INS = 240  # from here on no number is that of a warp
 ATOMIC = 254  # atomics are ordered among themselves
 _IN_FLIGHT = 1 << 62  # set in a stamp: the copy that writes here has not been waited for
 
@@ -41,9 +42,22 @@ class AsyncRead:
         return AsyncRead(self.number, self.size, position[self.threads], self.group, self.offsets)
 
 
-def _clash(last, keys, since):
-    """Where the stamps `last` are no older than the last barrier and another warp's."""
-    return (last >= since) & (((last ^ keys) & _WHO) != 0)
+def differs(first, second):
+    """Where two stamps are those of different warps."""
+    return ((first ^ second) & _WHO) != 0
+
+
+def who_of(stamps):
+    return (stamps >> _WARP_SHIFT) & ((1 << _WARP_BITS) - 1)
+
+
+def clock_of(stamps):
+    return stamps >> _WARP_SHIFT >> _WARP_BITS
+
+
+def in_flight(stamps):
+    """Where a copy that has not been waited for writes."""
+    return (stamps >= 0) & (stamps & _IN_FLIGHT != 0)
 
 
 def bit_set(numbers):
@@ -61,6 +75,8 @@ def _winning(values, rows):
 
 class RaceDetector:
     """Watches one batch of blocks. Offsets are bytes into the batch's shared memory."""
+
+    is_partial = False  # whether warps of a block meet without the others: partial_order.py
 
     def __init__(self, program, blocks, shared, warps):
         self._kernel, self._granule = program.kernel, program.granule
@@ -105,7 +121,15 @@ class RaceDetector:
         keys = (self.clock[team.block] << _WARP_SHIFT << _WARP_BITS) | (warps << _WARP_SHIFT) | instruction.index
         return (np.repeat(keys, 32) if threads is None else keys[threads // 32])[:, None]
 
-    def _since(self, team, threads):
+    def _clash(self, last, keys, since):
+        """Where the stamps `last` are no older than the last barrier and another warp's."""
+        return (last >= since) & differs(last, keys)
+
+    def _several(self, team):
+        """Who reads where all warps of each of the team's warpgroups do, per warp."""
+        return np.full(team.warps, SEVERAL)
+
+    def _since(self, team, threads, whole_group=False):
         """Stamps from here on are no older than the last barrier: a number, or a column with one row per access."""
         clocks = self.barrier_clock[team.block] << _WARP_SHIFT << _WARP_BITS
         if clocks[0] == clocks.min() == clocks.max():
@@ -128,8 +152,11 @@ class RaceDetector:
         if self._copies.any() or (self._write_clock[team.block] >= self.barrier_clock[team.block]).any():
             written, rows = self._cells(self.written, offsets, size)
             last = written[rows]
-            self._report(team, _clash(last, keys, since), last, "reads", "wrote", threads)
+            self._report(team, self._clash(last, keys, since), last, "reads", "wrote", threads)
         self._report_unobserved(team, "reads", offsets, size, threads)
+        self._note(team, offsets, size, keys, since)
+
+    def _note(self, team, offsets, size, keys, since):
         self._noted_reads.append((team.block_bits, offsets, size, keys, since))
 
     def written_by(self, team, instruction, offsets, size, threads=None, values=None, atomic=False):
@@ -143,14 +170,12 @@ class RaceDetector:
         since = self._since(team, threads)
         written, rows = self._cells(self.written, offsets, size)
         last = written[rows]
-        clash = _clash(last, keys, since)
+        clash = self._clash(last, keys, since)
         if values is not None and np.count_nonzero(clash):
             present = self._shared.bytes.reshape(-1, size)[offsets // size]
             clash &= ~self._same(values, present) | (last & _IN_FLIGHT != 0)
         self._report(team, clash, last, "overwrites", "wrote", threads)
-        read, _ = self._cells(self.read, offsets, size)
-        last = read[rows]
-        self._report(team, _clash(last, keys, since), last, "overwrites", "read", threads)
+        self._check_readers(team, keys, since, offsets, size, threads)
         self._report_asynchronous_readers(team, offsets, size, threads)
         self._report_unobserved(team, "overwrites", offsets, size, threads)
         if self._landed is not None:
@@ -163,18 +188,26 @@ class RaceDetector:
         self._report(team, clash, last, "writes", "writes too", threads)
         self._write_clock[team.block] = self.clock[team.block]
 
+    def _check_readers(self, team, keys, since, offsets, size, threads):
+        read, rows = self._cells(self.read, offsets, size)
+        last = read[rows]
+        self._report(team, self._clash(last, keys, since), last, "overwrites", "read", threads)
+
     def _stamp_reads(self):
         for _, offsets, size, keys, since in self._noted_reads:
-            read, rows = self._cells(self.read, offsets, size)
-            # Where another warp read in the same interval, now or before, the stamp says "several".
-            last = read[rows]
-            crowd = keys | (SEVERAL << _WARP_SHIFT)
-            read[rows] = np.where(_clash(last, keys, since), crowd, keys)
-            beaten = (read[rows] ^ keys) & _WHO != 0
-            if np.count_nonzero(beaten):
-                at = np.nonzero(beaten)
-                read[rows[at[0]], at[1]] = np.broadcast_to(crowd, beaten.shape)[at]
+            self._stamp(self.read, offsets, size, keys, since, SEVERAL)
         self._noted_reads.clear()
+
+    def _stamp(self, stamps, offsets, size, keys, since, several):
+        """Where another warp read in the same interval, now or before, the stamp says `several`."""
+        read, rows = self._cells(stamps, offsets, size)
+        last = read[rows]
+        crowd = keys & ~(((1 << _WARP_BITS) - 1) << _WARP_SHIFT) | (several << _WARP_SHIFT)
+        read[rows] = np.where(self._clash(last, keys, since), crowd, keys)
+        beaten = differs(read[rows], keys)
+        if np.count_nonzero(beaten):
+            at = np.nonzero(beaten)
+            read[rows[at[0]], at[1]] = np.broadcast_to(crowd, beaten.shape)[at]
 
     def _same(self, ours, theirs):
         """Per access and granule, whether the bytes are equal."""
@@ -190,8 +223,8 @@ class RaceDetector:
         if stamp & _IN_FLIGHT:
             what = f"{verb} shared memory that {place} still fills: its wait is missing"
             raise team.fault(AsyncHazard, what, at, threads)
-        warp = (stamp >> _WARP_SHIFT) & ((1 << _WARP_BITS) - 1)
-        who = {SEVERAL: "several warps", ATOMIC: "an atomic"}.get(warp, f"warp {warp}")
+        warp = who_of(stamp)
+        who = {ATOMIC: "an atomic"}.get(warp, f"warp {warp}" if warp < _STAND_INS else "several warps")
         what = f"shared-memory race: {verb} what {who} {did} since the last barrier, {place}"
         raise team.fault(SharedMemoryRace, what, at, threads)
 
@@ -282,16 +315,14 @@ class RaceDetector:
 
     def begin_async_read(self, team, instruction, offsets, size, threads):
         """The warpgroups of these threads start to read. Returns what `end_async_read` takes."""
-        everyone = np.full(team.warps, SEVERAL)
-        keys, since = self._keys(team, instruction, threads, everyone), self._since(team, threads)
+        keys = self._keys(team, instruction, threads, self._several(team))
+        since = self._since(team, threads, whole_group=True)
         written, rows = self._cells(self.written, offsets, size)
         last = written[rows]
-        self._report(team, _clash(last, keys, since), last, "reads", "wrote", threads)
+        self._report(team, self._clash(last, keys, since), last, "reads", "wrote", threads)
         self._report_unobserved(team, "reads", offsets, size, threads, whole_group=True)
         self._report_unfenced(team, last, threads)
-        if self.reading is None:
-            self.reading = np.zeros((team.batch.launch.num_warps // 4, len(self.written)), np.int32)
-        self._reads_begun += 1
+        self._begin_reading(team)
         group = team.thread_warp[threads] // 4
         for g in np.unique(team.warp // 4):
             cells, _ = self._cells(self.reading[g], offsets, size)
@@ -304,18 +335,50 @@ class RaceDetector:
             cells, rows = self._cells(self.reading[g], ticket.offsets[ticket.group == g], ticket.size)
             now = cells[rows]
             cells[rows] = np.where(now == ticket.number, 0, now)
-        keys = self._keys(team, instruction, ticket.threads, np.full(team.warps, SEVERAL))
-        since = self._since(team, ticket.threads)
-        self._noted_reads.append((team.block_bits, ticket.offsets, ticket.size, keys, since))
+        keys = self._keys(team, instruction, ticket.threads, self._several(team))
+        since = self._since(team, ticket.threads, whole_group=True)
+        self._note(team, ticket.offsets, ticket.size, keys, since)
+
+    def _begin_reading(self, team):
+        if self.reading is None:
+            self.reading = np.zeros((team.batch.launch.num_warps // 4 + 1, len(self.written)), np.int32)
+        self._reads_begun += 1
+
+    # Bulk stores (TMA): the copy engine reads for a thread, until the thread has waited for it.
+
+    def begin_bulk_read(self, team, instruction, offsets, size, thread):
+        """The thread starts a copy out of these places. Returns what `end_bulk_read` takes."""
+        threads = np.full(len(offsets), thread)
+        keys, since = self._keys(team, instruction, threads), self._since(team, threads)
+        written, rows = self._cells(self.written, offsets, size)
+        last = written[rows]
+        self._report(team, self._clash(last, keys, since), last, "reads", "wrote", threads)
+        self._report_unobserved(team, "reads", offsets, size, threads)
+        self._report_unfenced(team, last, threads)
+        self._begin_reading(team)
+        cells, _ = self._cells(self.reading[-1], offsets, size)
+        cells[rows] = self._reads_begun
+        return self._reads_begun
+
+    def end_bulk_read(self, team, instruction, number, offsets, size, thread):
+        """The thread has waited for the copy: it counts as a read of its own."""
+        cells, rows = self._cells(self.reading[-1], offsets, size)
+        now = cells[rows]
+        cells[rows] = np.where(now == number, 0, now)
+        threads = np.full(len(offsets), thread)
+        self._note(team, offsets, size, self._keys(team, instruction, threads), self._since(team, threads))
+
+    def _fenced_before(self, block, warp, writer):
+        """The clock before which what `writer` wrote came before each reader's last fence."""
+        return self.fence_barrier[block, warp][:, None]
 
     def _report_unfenced(self, team, last, threads):
         block, warp = team.block[threads // 32], team.warp[threads // 32]
-        clock = last >> _WARP_SHIFT >> _WARP_BITS
-        unseen = (last >= 0) & (clock >= self.fence_barrier[block, warp][:, None])
+        clock, writer = clock_of(last), who_of(last)
+        unseen = (last >= 0) & (clock >= self._fenced_before(block, warp, writer))
         if not np.count_nonzero(unseen):
             return
         # The readers' own fence came too early; the writers may have fenced after they wrote.
-        writer = (last >> _WARP_SHIFT) & ((1 << _WARP_BITS) - 1)
         unseen &= clock >= self.fence_clock[block[:, None], writer]
         if not self._copies_need_fence:
             unseen &= ~self._is_copy[np.where(unseen, last & _INSTRUCTION, 0)]
@@ -328,10 +391,11 @@ class RaceDetector:
     def _report_asynchronous_readers(self, team, offsets, size, threads):
         if self.reading is None:
             return
-        for cells in self.reading:
+        for group, cells in enumerate(self.reading):
             table, rows = self._cells(cells, offsets, size)
             busy = table[rows]
             if np.count_nonzero(busy):
                 at = int(np.nonzero(busy)[0][0])
-                what = "overwrites shared memory that a wgmma still reads: its wait is missing"
+                reader = "a wgmma" if group + 1 < len(self.reading) else "a bulk store"
+                what = f"overwrites shared memory that {reader} still reads: its wait is missing"
                 raise team.fault(AsyncHazard, what, at, threads)

@@ -166,19 +166,26 @@ class Team:
             mask = None if mask is None or other is None else mask | other
         self.paths[pc] = None if mask is None or mask.all() else mask
 
-    def fork(self, taken, staying, target):
-        """The `taken` threads go to `target`, the `staying` ones to the next instruction; neither set is empty."""
-        if self.mask is None and not self.parked:
-            by_block = np.bincount(self.block, taken.reshape(-1, 32).all(1), len(self.batch.coordinates))
-            any_taken = np.bincount(self.block, taken.reshape(-1, 32).any(1), len(self.batch.coordinates))
-            size = np.bincount(self.block, minlength=len(self.batch.coordinates))
-            if ((by_block == size) | (any_taken == 0)).all():
-                warps = taken[::32]
-                self.batch.teams += [self.part(warps, target), self.part(~warps, self.pc + 1)]
-                return STOP
-        self.go_on(target, taken)
-        self.go_on(self.pc + 1, staying)
+    def fork(self, *ways):
+        """ways: (threads, where they go on); no set is empty, together they are all the active threads."""
+        if self.mask is None and not self.parked and all(self._may_leave(taken) for taken, _ in ways):
+            self.batch.teams += [self.part(taken[::32], pc) for taken, pc in ways]
+            return STOP
+        for taken, pc in ways:
+            self.go_on(pc, taken)
         return STOP
+
+    def _may_leave(self, taken):
+        """Whether these threads can be a team of their own: whole blocks, or whole warps where warps run code of their
+        own.
+        """
+        whole, any_taken = taken.reshape(-1, 32).all(1), taken.reshape(-1, 32).any(1)
+        if self.program.is_specialised:
+            return bool((whole == any_taken).all())
+        blocks = len(self.batch.coordinates)
+        size = np.bincount(self.block, minlength=blocks)
+        by_block, any_of_block = (np.bincount(self.block, chosen, blocks) for chosen in (whole, any_taken))
+        return bool(((by_block == size) | (any_of_block == 0)).all())
 
     def park(self, ticket, pc=None):
         """The active threads wait for a barrier, and go on at `pc`, or behind this instruction."""

@@ -14,6 +14,9 @@ CHUNK = 16  # bytes: swizzles move pieces of this size
 _SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes of a row over which the driver's swizzle modes permute chunks
 
 
+_KINDS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16", "torch.int32": "s32"}
+
+
 @dataclass(frozen=True)
 class TensorMap:
     """One descriptor. `tensor` becomes `address` when a launch places it; strides in bytes; box in elements."""
@@ -25,6 +28,7 @@ class TensorMap:
     element: int
     span: int  # of the swizzle; 0: none
     address: int = 0
+    kind: str = "b8"  # the PTX type of an element, where it is one that can be added
 
     @classmethod
     def of(cls, descriptor, metadata):
@@ -35,7 +39,8 @@ class TensorMap:
         strides = tuple(int(step) * element for step in descriptor.strides)
         box = tuple(metadata["block_size"])
         shape, span = tuple(map(int, descriptor.shape)), _SPANS[metadata["swizzle"]]
-        made = cls(descriptor.base, shape, strides, box, element, span)
+        kind = _KINDS.get(str(descriptor.base.dtype), "b8")
+        made = cls(descriptor.base, shape, strides, box, element, span, kind=kind)
         made.check()
         return made
 

@@ -12,6 +12,7 @@ from ..errors import Unimplemented
 from ..operands import POISON, reader
 from ..ptx import Immediate
 from .bulk_copy import load_box
+from .bulk_store import commit, store, wait
 from .memory_access import active, address_reader, chosen
 from .registry import guard_of, instruction, unknown
 
@@ -45,9 +46,9 @@ class Copy:
 
 @instruction("cp")
 def cp(inst, kernel):
-    if inst.modifiers[:3] == ("async", "bulk", "tensor"):
-        return load_box(inst, kernel)
-    if inst.modifiers[0] != "async" or inst.has("bulk", "mbarrier"):
+    if inst.has("bulk"):
+        return _bulk(inst, kernel)
+    if inst.modifiers[0] != "async" or inst.has("mbarrier"):
         raise unknown(inst)
     if inst.has("commit_group"):
         return _commit
@@ -60,6 +61,14 @@ def cp(inst, kernel):
     if not inst.has("ca", "cg"):
         raise unknown(inst)
     return _issue(inst, kernel)
+
+
+def _bulk(inst, kernel):
+    """What the copy engine does: loads by mbarriers, stores and additions by groups."""
+    for name, decoder in (("bulk_group", store), ("commit_group", commit), ("wait_group", wait), ("tensor", load_box)):
+        if inst.has(name):
+            return decoder(inst, kernel)
+    raise unknown(inst)
 
 
 def _issue(inst, kernel):

@@ -112,6 +112,7 @@ def _try_wait(inst, kernel):
         team.races.read_by(team, inst, offsets, _BYTES, threads)
         for offset, _, warp in asked.T:
             seen = found[int(offset)]
+            team.batch.hear(seen.block, int(warp), seen.told)
             for phase, ticket in seen.tickets:
                 if phase < seen.phase:
                     team.races.observe(ticket, int(warp))
