@@ -53,7 +53,13 @@ SDPA_KERNELS = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-KERNELS = {"triton": "auto", "triton-portable": "portable", "triton-hopper": "hopper"}  # ours: flash_attention's names
+# Ours: what flash_attention is asked for.
+KERNELS = {
+    "triton": {},
+    "triton-portable": {"kernel": "portable"},
+    "triton-hopper": {"kernel": "hopper"},
+    "triton-one-pass": {"kernel": "hopper", "deterministic": False},
+}
 # How torch says that the one SDPA kernel which it may use cannot serve a request.
 SDPA_REFUSALS = ("No available kernel", "No viable backend", "no kernel found", "cuDNN Frontend error", "mha_graph")
 
@@ -96,7 +102,7 @@ def run(name, q, k, v, options):
 def run_packed(name, qkv, num_heads, options):
     """y [B, T, C] of the fused projection qkv [B, T, 3C], with every copy that the backend needs on the way."""
     if name in KERNELS:
-        return flash_attention_packed(qkv, num_heads, kernel=KERNELS[name], **options)
+        return flash_attention_packed(qkv, num_heads, **KERNELS[name], **options)
     return run(name, *split_heads(qkv, num_heads), options).transpose(1, 2).flatten(2)
 
 
@@ -132,7 +138,7 @@ def refusal(name, device, dtype, head_dim, **needs):
     backend = get_attention("sdpa" if name in SDPA_KERNELS else name)
     reason = backend.refusal(**request, **needs)
     on_gpu = torch.device(device).type == "cuda"
-    if reason is None and name == "triton-hopper" and not backend.runs_on(torch.device(device)):
+    if reason is None and name in ("triton-hopper", "triton-one-pass") and not backend.runs_on(torch.device(device)):
         return "this device (a GPU of compute capability 9.0 is required)"
     if (
         reason is None

@@ -115,6 +115,8 @@ HOPPER = {
     "dkdv": {64: C(64, 64, 4, 3), 128: C(32, 64, 4, 3)},
     # 15.0; 3 blocks. Backward as a whole beside the row above 3, 3, 2, 0, -1, -3% less time at T = 128, ..., 4096.
     "short dkdv": {64: C(32, 64, 4, 3)},
+    # 64 keys; D = 128 would not fit a thread's registers.
+    "one pass": {64: C(64, 64, 4, 3)},
 }
 HOPPER_HEAD_DIMS = tuple(HOPPER["forward"])
 # {direction: head dims} for which kernel="auto" takes them: those that an H100 was faster with.

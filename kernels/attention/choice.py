@@ -3,7 +3,7 @@
 import torch
 from triton.runtime import driver
 
-from kernels.attention import backward, forward, hopper, hopper_backward
+from kernels.attention import backward, forward, hopper, hopper_backward, hopper_one_pass
 from kernels.configs import HOPPER_CHOSEN
 from kernels.launch import MOST, Bound, forgotten
 from kernels.library import INTERPRETED
@@ -27,6 +27,20 @@ def uses_hopper(function, direction, kernel, tensors, head_dim, options):
     if reason is not None and kernel == "hopper":
         raise ValueError(f"{function}: kernel='hopper' does not support {reason}; kernel='portable' does")
     return reason is None
+
+
+def uses_one_pass(function, kernel, deterministic, tensors, head_dim, T_q, options):
+    """Whether the one-pass backward computes the gradients; ValueError, forward already, where it cannot be had."""
+    if deterministic:
+        return False
+    padded = options.kv_start is not None or options.kv_end is not None
+    if kernel == "portable":
+        reason = "kernel='portable'"
+    else:
+        reason = _refusal(tensors, head_dim, padded, options.seed is not None) or hopper_one_pass.refusal(head_dim)
+    if reason is not None:
+        raise ValueError(f"{function}: deterministic=False does not support {reason}; deterministic=True does")
+    return T_q >= hopper_one_pass.LEAST_QUERIES
 
 
 def _refusal(tensors, head_dim, padded, dropout):
@@ -53,33 +67,41 @@ def _refusal(tensors, head_dim, padded, dropout):
     return reason
 
 
-def launch_forward(kernel, q, k, v, options):
+def launch_forward(kernel, deterministic, q, k, v, options):
     """o [B, H, T_q, D] in memory order [B, T_q, H, D], and lse [B, H, T_q], fp32, in units of log2."""
+    uses_one_pass("flash_attention", kernel, deterministic, (q, k, v), q.shape[3], q.shape[2], options)
     is_hopper = uses_hopper("flash_attention", "forward", kernel, (q, k, v), q.shape[3], options)
     launch = hopper._launch_hopper_forward if is_hopper else forward._launch_attention_forward
     return launch(q, k, v, options)
 
 
-def launch_packed_forward(kernel, qkv, num_heads, options):
+def launch_packed_forward(kernel, deterministic, qkv, num_heads, options):
     """o [B, T, C], and lse [B, H, T], fp32, in units of log2, from qkv [B, T, 3C]."""
     head_dim = qkv.shape[2] // (3 * num_heads)
+    uses_one_pass("flash_attention_packed", kernel, deterministic, (qkv,), head_dim, qkv.shape[1], options)
     is_hopper = uses_hopper("flash_attention_packed", "forward", kernel, (qkv,), head_dim, options)
     return (hopper._launch_packed_hopper if is_hopper else forward._launch_packed_forward)(qkv, num_heads, options)
 
 
-def launch_backward(kernel, do, q, k, v, o, lse, dq, dk, dv, options):
+def launch_backward(kernel, deterministic, do, q, k, v, o, lse, dq, dk, dv, options):
     """Writes dq, dk and dv, which have the shapes of q, k and v and strides of their own."""
     tensors = q, k, v, o, dq, dk, dv
-    if uses_hopper("flash_attention", "backward", kernel, tensors, q.shape[3], options):
+    if uses_one_pass("flash_attention", kernel, deterministic, tensors, q.shape[3], q.shape[2], options):
+        hopper_one_pass._launch_one_pass_backward(_as_copied(do), q, k, v, o, lse, dq, dk, dv, options)
+    elif uses_hopper("flash_attention", "backward", kernel, tensors, q.shape[3], options):
         do = _as_copied(do)
         hopper_backward._launch_hopper_backward(do, q, k, v, o, lse, dq, dk, dv, options)
     else:
         backward._launch_attention_backward(do, q, k, v, o, lse, dq, dk, dv, options)
 
 
-def launch_packed_backward(kernel, do, qkv, o, lse, num_heads, options):
+def launch_packed_backward(kernel, deterministic, do, qkv, o, lse, num_heads, options):
     """dqkv [B, T, 3C], contiguous."""
     head_dim = qkv.shape[2] // (3 * num_heads)
+    tensors = qkv, o
+    if uses_one_pass("flash_attention_packed", kernel, deterministic, tensors, head_dim, qkv.shape[1], options):
+        do = _as_copied(do)
+        return hopper_one_pass._launch_packed_one_pass_backward(do, qkv, o, lse, num_heads, options)
     if uses_hopper("flash_attention_packed", "backward", kernel, (qkv, o), head_dim, options):
         return hopper_backward._launch_packed_hopper_backward(_as_copied(do), qkv, o, lse, num_heads, options)
     return backward._launch_packed_backward(do, qkv, o, lse, num_heads, options)

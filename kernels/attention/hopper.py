@@ -54,6 +54,7 @@ _copy_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_gl
 
 PARTS = gl.constexpr(8)
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+_ELEMENTS = {**DTYPES, torch.float32: gl.float32}
 
 
 @gluon.jit
@@ -282,7 +283,7 @@ class _Described:
         block = [1, 1, rows, D]
         # Of an axis of one element the stride says nothing and may be anything; the hardware wants one that it can use.
         strides = [step if size > 1 else D for size, step in zip(shape[:3], strides)]
-        self.geometry = [*shape], [*strides, 1], block, gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
+        self.geometry = [*shape], [*strides, 1], block, gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[dtype])
         self.fields = None
 
     def __call__(self, base):

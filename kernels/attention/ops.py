@@ -54,7 +54,7 @@ class Options(NamedTuple):
 
 _SCHEMA = (
     "Tensor? kv_start, Tensor? kv_end, Tensor? q_start, Tensor? seed, float scale, bool causal, float dropout_p,"
-    " str kernel"
+    " str kernel, bool deterministic"
 )
 
 
@@ -72,8 +72,8 @@ def split_heads(qkv, num_heads):
 
 def _forward(q, k, v, *options):
     check_device("flash_attention", q, "q")
-    *options, kernel = options
-    return launch_forward(kernel, q, k, v, _options(*options))
+    *options, kernel, deterministic = options
+    return launch_forward(kernel, deterministic, q, k, v, _options(*options))
 
 
 def _forward_fake(q, k, v, *options):
@@ -88,8 +88,8 @@ def _decode(q, k, v, kv_start, kv_end, q_start, scale, causal):
 
 def _backward(do, q, k, v, o, lse, *options):
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    *options, kernel = options
-    launch_backward(kernel, do, q, k, v, o, lse, dq, dk, dv, _options(*options))
+    *options, kernel, deterministic = options
+    launch_backward(kernel, deterministic, do, q, k, v, o, lse, dq, dk, dv, _options(*options))
     return dq, dk, dv
 
 
@@ -99,8 +99,8 @@ def _backward_fake(do, q, k, v, o, lse, *options):
 
 def _packed_forward(qkv, num_heads, *options):
     check_device("flash_attention_packed", qkv, "qkv")
-    *options, kernel = options
-    return launch_packed_forward(kernel, qkv, num_heads, _options(*options))
+    *options, kernel, deterministic = options
+    return launch_packed_forward(kernel, deterministic, qkv, num_heads, _options(*options))
 
 
 def _packed_forward_fake(qkv, num_heads, *options):
@@ -109,8 +109,8 @@ def _packed_forward_fake(qkv, num_heads, *options):
 
 
 def _packed_backward(do, qkv, o, lse, num_heads, *options):
-    *options, kernel = options
-    return launch_packed_backward(kernel, do, qkv, o, lse, num_heads, _options(*options))
+    *options, kernel, deterministic = options
+    return launch_packed_backward(kernel, deterministic, do, qkv, o, lse, num_heads, _options(*options))
 
 
 def _packed_backward_fake(do, qkv, o, lse, num_heads, *options):
@@ -145,7 +145,7 @@ packed_attention_backward = define_op(
 
 
 def _save(ctx, tensors, options):
-    """Keeps tensors and options, the kernel's name behind them, for backward."""
+    """Keeps tensors and options, behind them the kernel's name and whether it is deterministic, for backward."""
     ctx.save_for_backward(*tensors, *options[:4])
     ctx.numbers = options[4:]
 
@@ -261,6 +261,7 @@ def flash_attention(
     dropout_seed: int | torch.Tensor | None = None,
     return_lse: bool = False,
     kernel: str = "auto",
+    deterministic: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T + mask) v by the Triton kernels, differentiable once. FlashAttention-2 (Dao, 2023).
 
@@ -275,6 +276,9 @@ def flash_attention(
     kernel: "portable"; "hopper" (hopper.py, hopper_backward.py), which needs compute capability 9.0, fp16 or bf16, a D
         of 64 or 128, no padding, no dropout, and tensors and strides at multiples of 16 bytes; or "auto": that where it
         can be and was measured to be faster (README.md has the table), else "portable".
+    deterministic: False takes the one-pass backward of hopper_one_pass.py from 2048 queries on, whose dq has other last
+        bits in each run, and below what `kernel` says. It needs what "hopper" needs, and a D of 64; a ValueError says
+        what is missing.
 
     Up to 16 queries against more keys, where no gradient is asked for, go through the split-KV kernels of decode.py.
 
@@ -287,13 +291,14 @@ def flash_attention(
     refuse_transforms("flash_attention")
     check_flag("flash_attention", causal, "causal")
     check_flag("flash_attention", return_lse, "return_lse")
+    check_flag("flash_attention", deterministic, "deterministic")
     _check_kernel("flash_attention", kernel)
     scale = _check((q, k, v, kv_start, kv_end, q_start), scale)
     seed = check_dropout("flash_attention", q, dropout_p, dropout_seed)
-    options = kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p), kernel
+    options = kv_start, kv_end, q_start, seed, scale, bool(causal), float(dropout_p), kernel, bool(deterministic)
     if needs_graph(q, k, v):
         o, lse = _FlashAttention.apply(q, k, v, *options)
-    elif seed is None and q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2]:
+    elif deterministic and seed is None and q.shape[2] <= MAX_QUERIES and q.shape[2] < k.shape[2]:
         o, lse = attention_decode(q, k, v, kv_start, kv_end, q_start, scale, bool(causal))
     else:
         o, lse = attention_forward(q, k, v, *options)
@@ -311,6 +316,7 @@ def flash_attention_packed(
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
     kernel: str = "auto",
+    deterministic: bool = True,
 ) -> torch.Tensor:
     """Self-attention straight from the fused projection: qkv [B, T, 3C] to [B, T, C], with nothing copied on the way.
 
@@ -319,10 +325,11 @@ def flash_attention_packed(
     """
     refuse_transforms("flash_attention_packed")
     check_flag("flash_attention_packed", causal, "causal")
+    check_flag("flash_attention_packed", deterministic, "deterministic")
     _check_kernel("flash_attention_packed", kernel)
     scale = _check_packed((qkv, kv_start, kv_end), num_heads, scale)
     seed = check_dropout("flash_attention_packed", qkv, dropout_p, dropout_seed)
-    options = kv_start, kv_end, None, seed, scale, bool(causal), float(dropout_p), kernel
+    options = kv_start, kv_end, None, seed, scale, bool(causal), float(dropout_p), kernel, bool(deterministic)
     if needs_graph(qkv):
         return _FlashAttentionPacked.apply(qkv, num_heads, *options)
     return packed_attention_forward(qkv, num_heads, *options)[0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernels import flash_attention, flash_attention_packed, reference
 from kernels.attention import MAX_HEAD_DIM
 from kernels.checks import check_device
-from kernels.configs import HOPPER_HEAD_DIMS
+from kernels.configs import HOPPER, HOPPER_HEAD_DIMS
 from kernels.library import INTERPRETED, active_arch
 from model.attention.registry import register_attention
 
@@ -113,3 +113,18 @@ def hopper_runs_on(device):
 def triton_hopper(q, k, v, *, upcast, **options):
     """Those in Gluon, kernels/attention/hopper.py and hopper_backward.py, or an error."""
     return flash_attention(q, k, v, kernel="hopper", **options), None
+
+
+@register_attention(
+    "triton-one-pass",
+    projection=partial(flash_attention_packed, kernel="hopper", deterministic=False),
+    dtypes=(torch.float16, torch.bfloat16),
+    head_dims=tuple(HOPPER["one pass"]),
+    unequal_lengths=True,
+    upcast=True,
+    capturable=True,
+    runs_on=hopper_runs_on,
+)
+def triton_one_pass(q, k, v, *, upcast, **options):
+    """The same, but hopper_one_pass.py's backward from 2048 queries on: dq's last bits differ from run to run."""
+    return flash_attention(q, k, v, kernel="hopper", deterministic=False, **options), None

@@ -80,7 +80,7 @@ class _Cached:
         q, keys, values = parts[0], self.seen[2 * numbers.layer], self.seen[2 * numbers.layer + 1]
         options = Options(None, None, None, seed, numbers.scale, True, numbers.attn_p)
         is_decoding = seed is None and T <= MAX_QUERIES and keys.shape[2] > T
-        launch = _launch_attention_decode if is_decoding else partial(launch_forward, "auto")
+        launch = _launch_attention_decode if is_decoding else partial(launch_forward, "auto", True)
         return launch(q, keys, values, options)[0].transpose(1, 2).view(rows.shape)
 
 

@@ -215,7 +215,7 @@ def test_what_cannot_serve_a_shape_says_so_in_its_row(registry):
     [
         (
             "--backends flashy",
-            "--backends flashy: unknown; choose from eager, sdpa, triton, triton-portable, triton-hopper, flex",
+            "--backends flashy: unknown; choose from eager, sdpa, triton, triton-portable, triton-hopper, ",
         ),
         ("--backends triton --head-dim 512", "triton does not support head_dim 512 (its largest is 256)"),
         ("--dtype float8", "argument --dtype: invalid choice: 'float8'"),
