@@ -153,9 +153,9 @@ class DecodeStep:
     def _choose(self):
         """kernels/decode/choose.py by operations of torch's, lengths having advanced."""
         token = self.logits.argmax(-1)
-        is_one = self.logits.amax(-1) > -torch.inf
-        self.said.scatter_(1, self.lengths.tensor.long()[:, None] - 1, token.masked_fill(~is_one, -1)[:, None])
-        self.ids.copy_(token.masked_fill(~is_one, 0)[:, None])
+        is_none = ~(self.logits.amax(-1) > -torch.inf)
+        self.said.scatter_(1, self.lengths.tensor.long()[:, None] - 1, token.masked_fill(is_none, -1)[:, None])
+        self.ids.copy_(token.masked_fill(is_none, 0)[:, None])
 
     def reserve(self, T):
         self.places = next_places(self.lengths.tensor, T)
