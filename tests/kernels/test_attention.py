@@ -315,7 +315,7 @@ def test_an_output_gradient_of_any_strides_is_read_rightly(lane, dtype, expand):
 # The ops
 
 
-OPTIONS = (None, None, None, None, 0.25, True, 0.0, "auto")
+OPTIONS = (None, None, None, None, 0.25, True, 0.0, "auto", True)
 
 
 @a_host_property

@@ -50,7 +50,8 @@ def oracle(name, arguments):
     wide = {
         key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for key, value in arguments.items()
-        if key not in ("return_lse", "inplace", "chunk_rows", "implementation", "dropout_p", "dropout_seed")
+        if key
+        not in ("return_lse", "inplace", "chunk_rows", "implementation", "dropout_p", "dropout_seed", "deterministic")
     }
     if name == "flash_attention":
         return reference.attention(**wide)[0]
